@@ -1,0 +1,1 @@
+"""What the macro is: its ADC, its description, its presets."""

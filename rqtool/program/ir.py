@@ -1,0 +1,178 @@
+"""The integer program as plain data: tensors by name, operations in order, integer constants.
+
+    op        integers                                                           attributes
+    quantize  clamp(floor(x * 2**exponent + 1/2), lo, hi)    (float32 input)     exponent, lo, hi
+    reads     the formula of docs/hardware.md; acc per column                    layer, geometry, pad, adc
+    xsum      sum of the input codes under a kernel (offset weights need it)     geometry, pad, columns
+    requant   clamp((sum_n x_n * mult_n + add) >> shift, lo, hi)                 shift, lo, hi
+    maxpool   largest of a window; padding never wins                            kernel, stride, padding, dilation
+    sumpool   sum of a window; padding adds 0                                    kernel, stride, padding
+    reshape   new shape of one sample                                            shape
+    permute   axes of one sample in a new order (0 is the first after batch)     axes
+    concat    join along an axis of one sample                                   axis
+    pad       zeros before and behind each axis of one sample                    pads
+    slice     every step-th of start..stop along an axis of one sample           axis, start, stop, step
+
+`requant` with two inputs is a residual addition. Rounding (half up), zero codes, bias and batch norm all live in its `add`.
+Shapes leave the batch out. Every tensor carries proven bounds: uint8 where they fit 0..255, else int32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rqtool.errors import InputError, escaped
+from rqtool.hardware.macro import Macro
+from rqtool.mapping.plan import Geometry, Plan
+
+REQUANT_BOUND = 1 << 30  # every requant keeps |sum x*mult| + |add| below this, so an int32 carrier can floor-divide exactly
+
+ATTRIBUTES = {
+    "quantize": {"exponent", "lo", "hi"},
+    "reads": {"layer", "geometry", "pad", "adc"},
+    "xsum": {"geometry", "pad", "columns"},
+    "requant": {"shift", "lo", "hi"},
+    "maxpool": {"kernel", "stride", "padding", "dilation"},
+    "sumpool": {"kernel", "stride", "padding"},
+    "reshape": {"shape"},
+    "permute": {"axes"},
+    "concat": {"axis"},
+    "pad": {"pads"},
+    "slice": {"axis", "start", "stop", "step"},
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a program: per-sample shape and proven bounds lo <= x <= hi (both None for the float32 input)."""
+
+    name: str
+    shape: tuple[int, ...]
+    lo: int | None
+    hi: int | None
+
+    @property
+    def dtype(self) -> str:
+        """"float32", "uint8" or "int32"."""
+        if self.lo is None:
+            return "float32"
+        return "uint8" if 0 <= self.lo and self.hi <= 255 else "int32"
+
+    @property
+    def peak(self) -> int:
+        """The largest magnitude."""
+        return max(abs(self.lo), abs(self.hi))
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation; `consts` maps a role ("weight", "mult", "add0"...) to the name of a constant."""
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+    output: str
+    attrs: dict[str, Any] = field(default_factory=dict)
+    consts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Program:
+    """Operations in order, from one input to one output.
+
+    constants: int8 (weights) or int32 arrays by name. meta: JSON data for people and reports (scale of the output,
+    preprocessing of the input, float islands, ...); it never changes a result.
+    """
+
+    macro: Macro
+    input: str
+    output: str
+    tensors: dict[str, Tensor]
+    ops: tuple[Op, ...]
+    constants: dict[str, np.ndarray]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def const(self, op: Op, role: str) -> np.ndarray:
+        return self.constants[op.consts[role]]
+
+    def plan(self, op: Op) -> Plan:
+        """The plan of a reads operation."""
+        return Plan.make(op.attrs["layer"], Geometry.from_dict(op.attrs["geometry"]), self.macro)
+
+    def reads(self) -> tuple[Op, ...]:
+        """The operations that use the macro, in order."""
+        return tuple(op for op in self.ops if op.kind == "reads")
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the constants, as JSON data; `from_json` is the way back."""
+        return {
+            "macro": self.macro.to_dict(),
+            "input": self.input,
+            "output": self.output,
+            "tensors": [{"name": t.name, "shape": list(t.shape), "lo": t.lo, "hi": t.hi} for t in self.tensors.values()],
+            "ops": [{"kind": o.kind, "name": o.name, "inputs": list(o.inputs), "output": o.output, "attrs": o.attrs, "consts": o.consts} for o in self.ops],
+            "meta": self.meta,
+        }
+
+    @staticmethod
+    def from_json(d: dict[str, Any], constants: dict[str, np.ndarray]) -> Program:
+        """The program again; raises InputError when the data does not describe one (see `check`)."""
+        try:
+            tensors = {t["name"]: Tensor(t["name"], tuple(t["shape"]), t["lo"], t["hi"]) for t in d["tensors"]}
+            ops = tuple(Op(o["kind"], o["name"], tuple(o["inputs"]), o["output"], o["attrs"], o["consts"]) for o in d["ops"])
+            program = Program(Macro(**d["macro"]), d["input"], d["output"], tensors, ops, constants, d["meta"])
+        except (KeyError, TypeError, AttributeError) as e:
+            raise InputError(f"the integer program is not readable ({escaped(e)}); make the file again") from e
+        check(program)
+        return program
+
+    def sha256(self) -> str:
+        """A digest of operations, attributes and constants: equal programs have equal digests."""
+        h = hashlib.sha256(repr([(o.kind, o.inputs, o.output, sorted(o.attrs.items()), sorted(o.consts.items())) for o in self.ops]).encode())
+        for name in sorted(self.constants):
+            a = self.constants[name]
+            h.update(f"{name}{a.dtype}{a.shape}".encode() + np.ascontiguousarray(a).tobytes())
+        return h.hexdigest()
+
+
+def check(program: Program) -> None:
+    """Refuse a program that no carrier could run: unknown kinds, missing or wrong attributes, tensors used before they
+    are made, constants that are absent or not integers, a requant beyond 2**30. Raises InputError."""
+    known = {program.input}
+    for op in program.ops:
+        _check_op(program, op, known)
+        known.add(op.output)
+    if program.output not in known:
+        raise InputError(f"the integer program never makes its output '{escaped(program.output)}'; make the file again")
+
+
+def _check_op(program: Program, op: Op, known: set[str]) -> None:
+    def refuse(what: str) -> None:
+        raise InputError(f"the integer program is broken at '{escaped(op.name)}': {escaped(what)}; make the file again")
+
+    if op.kind not in ATTRIBUTES:
+        refuse(f"operation {op.kind} is unknown")
+    if set(op.attrs) != ATTRIBUTES[op.kind]:
+        refuse(f"its attributes are {sorted(op.attrs)}")
+    for name in op.inputs:
+        if name not in known:
+            refuse(f"{name} is used before it is made")
+    if op.output not in program.tensors:
+        refuse(f"{op.output} has no shape")
+    for name in op.consts.values():
+        if name not in program.constants or program.constants[name].dtype.kind != "i":
+            refuse(f"integer constant {name} is missing")
+    if op.kind == "requant" and requant_peak(program, op) >= REQUANT_BOUND:
+        refuse("its sum can pass 2**30")
+
+
+def requant_peak(program: Program, op: Op) -> int:
+    """The proven bound of |sum x*mult| + |add| of a requant."""
+    total = np.abs(program.const(op, "add").astype(np.int64))
+    for n, name in enumerate(op.inputs):
+        total = total + program.tensors[name].peak * np.abs(program.const(op, f"mult{n}").astype(np.int64))
+    return int(total.max())
