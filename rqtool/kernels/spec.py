@@ -1,0 +1,63 @@
+"""What every carrier of the reads gets: one layer's geometry, tiles and ADC, as arrays per (tile, column).
+
+    u   = p * rate                      rate = mult / 2**shift
+    q   = clamp(floor(u + 1/2 + noise), lo, hi)       lo = -zero, hi = top - zero
+    acc = sum over tiles of gain * q                  or of value[row, p - p_min] where `tables` are given
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rqtool.mapping.plan import Geometry, Plan
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Per-p tables for what arithmetic cannot say: float32 [rows, P]; `row` int64 [T, O] picks one; index is p - p_min.
+
+    value: what a read adds, or None to compute it. slope: d value / d p of the backward pass.
+    """
+
+    p_min: int
+    row: np.ndarray
+    slope: np.ndarray
+    value: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Logistic noise in codes, regenerated from indices: float32 [65536 + block] draws and the seed that picks offsets in it."""
+
+    draws: np.ndarray
+    seed: int
+
+
+@dataclass(frozen=True)
+class ReadSpec:
+    """One pair of planes of one layer. rate, lo, hi, gain: float32 [T, O] (gain 1 unless tiles have their own step)."""
+
+    geometry: Geometry
+    tiles: tuple[tuple[int, int], ...]
+    rate: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
+    gain: np.ndarray
+    tables: Tables | None = None
+    noise: Noise | None = None
+
+
+def over_reads(table: np.ndarray, plan: Plan) -> np.ndarray:
+    """A [1 or T, 1 or O] table spread to its own float32 [T, O]."""
+    shape = (len(plan.tiles), plan.geometry.columns)
+    return np.broadcast_to(np.asarray(table, dtype=np.float32), shape).copy()
+
+
+def make_spec(plan: Plan, mult: np.ndarray, zero: np.ndarray, gain: np.ndarray, *, tables: Tables | None = None, noise: Noise | None = None) -> ReadSpec:
+    """The spec of a uniform ADC: mult, zero, gain are [1 or T, 1 or O] arrays of whole numbers."""
+    rate = np.asarray(mult, dtype=np.float64) / 2.0**plan.macro.shift  # exact in float32: mult < 2**S <= 2**22
+    zero = np.asarray(zero)
+    arrays = (over_reads(a, plan) for a in (rate, -zero, plan.macro.top - zero, gain))
+    return ReadSpec(plan.geometry, plan.tiles, *arrays, tables=tables, noise=noise)
