@@ -64,6 +64,7 @@ class Macro:
             "dac_bits": self.in_bits if self.dac_bits is None else self.dac_bits,
             "cell_bits": self.magnitude_bits if self.cell_bits is None else self.cell_bits,
             "codebook": ("twos" if self.sign_scheme == "signed" else "unsigned") if self.codebook is None else self.codebook,
+            "step": None if self.step is None else float(self.step),  # 2 and 2.0 are one macro, with one digest
         }
         for name, value in defaults.items():
             object.__setattr__(self, name, value)
@@ -169,6 +170,8 @@ def _check_types(m: Macro) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not lo <= value <= hi:
             raise ConfigError(f"{flag(name)} must be a whole number from {lo} to {hi}, not {escaped(value)}")
+    if m.step is not None and (isinstance(m.step, bool) or not isinstance(m.step, (int, float)) or not 1 <= m.step <= 32767):
+        raise ConfigError(f"--step must be from 1 to 32767 partial-sum units per code, not {escaped(m.step)}")
 
 
 def _check_together(m: Macro) -> None:
@@ -179,8 +182,6 @@ def _check_together(m: Macro) -> None:
         raise ConfigError(f"--cell-bits {m.cell_bits} is more than the {held} a {m.w_bits}-bit {m.sign_scheme} weight keeps in cells; lower it or raise --w-bits")
     if (m.range == "fixed") != (m.step is not None):
         raise ConfigError("--range fixed and --step S belong together; give both or neither")
-    if m.step is not None and not (isinstance(m.step, (int, float)) and 1 <= m.step < 2**15):
-        raise ConfigError(f"--step must be from 1 to 32767 partial-sum units per code, not {escaped(m.step)}")
     if m.ideal:
         return
     if m.codebook == "unsigned" and m.sign_scheme == "signed":
@@ -215,8 +216,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise InputError(f"{escaped(path)}: cannot be read ({e.strerror}); give a readable TOML file") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"{escaped(path)}: is not TOML ({escaped(e)})") from e
+    except (ValueError, RecursionError) as e:  # not UTF-8, not TOML, a number of 5000 digits, 5000 open brackets
+        raise InputError(f"{escaped(path)}: is not TOML ({escaped(e)}); see docs/hardware.md for an example") from e
     table = document.get("macro")
     if not isinstance(table, dict):
         raise InputError(f"{escaped(path)}: has no [macro] table; see docs/hardware.md for an example")
