@@ -65,6 +65,8 @@ def input_planes(macro: Macro) -> tuple[Plane, ...]:
 def extract(q: Any, plane: Plane) -> Any:
     """The integer matrix of one plane, in the type and shape of `q` (weights -Qw..Qw or input codes 0..Qx).
 
+    q: any integer type that holds its values plus `plane.offset` (for 8-bit weights with an offset: int16 or wider).
+
     >>> [extract(-6, p) for p in weight_planes(Macro(cell_bits=1))]
     [0, -1, -1]
     >>> [extract(-6, p) for p in weight_planes(Macro(sign_scheme="offset"))]
