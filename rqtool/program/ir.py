@@ -20,6 +20,7 @@ Shapes leave the batch out. Every tensor carries proven bounds: uint8 where they
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,8 @@ from rqtool.hardware.macro import Macro
 from rqtool.mapping.plan import Geometry, Plan
 
 REQUANT_BOUND = 1 << 30  # every requant keeps |sum x*mult| + |add| below this, so an int32 carrier can floor-divide exactly
+
+ADC_TABLES = {"ideal": (), "uniform": ("mult", "zero", "gain"), "free": ("thresholds", "levels")}  # constants of each kind of adc
 
 ATTRIBUTES = {
     "quantize": {"exponent", "lo", "hi"},
@@ -125,14 +128,15 @@ class Program:
             tensors = {t["name"]: Tensor(t["name"], tuple(t["shape"]), t["lo"], t["hi"]) for t in d["tensors"]}
             ops = tuple(Op(o["kind"], o["name"], tuple(o["inputs"]), o["output"], o["attrs"], o["consts"]) for o in d["ops"])
             program = Program(Macro(**d["macro"]), d["input"], d["output"], tensors, ops, constants, d["meta"])
-        except (KeyError, TypeError, AttributeError) as e:
+            check(program)
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise InputError(f"the integer program is not readable ({escaped(e)}); make the file again") from e
-        check(program)
         return program
 
     def sha256(self) -> str:
-        """A digest of operations, attributes and constants: equal programs have equal digests."""
-        h = hashlib.sha256(repr([(o.kind, o.inputs, o.output, sorted(o.attrs.items()), sorted(o.consts.items())) for o in self.ops]).encode())
+        """A digest of all that a result depends on (everything but `meta`): equal programs have equal digests."""
+        data = {key: value for key, value in self.to_json().items() if key != "meta"}
+        h = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
         for name in sorted(self.constants):
             a = self.constants[name]
             h.update(f"{name}{a.dtype}{a.shape}".encode() + np.ascontiguousarray(a).tobytes())
@@ -163,11 +167,23 @@ def _check_op(program: Program, op: Op, known: set[str]) -> None:
             refuse(f"{name} is used before it is made")
     if op.output not in program.tensors:
         refuse(f"{op.output} has no shape")
+    if op.kind == "reads" and op.attrs["adc"]["kind"] not in ADC_TABLES:
+        refuse(f"adc {op.attrs['adc']['kind']} is unknown")
+    for role in roles(op):
+        if role not in op.consts:
+            refuse(f"it has no constant for {role}")
     for name in op.consts.values():
         if name not in program.constants or program.constants[name].dtype.kind != "i":
             refuse(f"integer constant {name} is missing")
     if op.kind == "requant" and requant_peak(program, op) >= REQUANT_BOUND:
         refuse("its sum can pass 2**30")
+
+
+def roles(op: Op) -> tuple[str, ...]:
+    """The constants that an operation cannot do without."""
+    if op.kind == "reads":
+        return ("weight", *ADC_TABLES[op.attrs["adc"]["kind"]])
+    return ("add", *(f"mult{n}" for n in range(len(op.inputs)))) if op.kind == "requant" else ()
 
 
 def requant_peak(program: Program, op: Op) -> int:
