@@ -1,0 +1,195 @@
+"""How the reads of one layer lie in the file: the channels of each tile, the cells of each read, the constants of its ADC.
+
+    read        R = groups x tiles x weight planes x columns of a group, in this order (the last runs fastest)
+    channels    each tile takes `span` neighbouring channels of its group; cells of rows outside the tile hold 0
+    cells       [R, span, kh, kw]: the weights as the macro holds them, one plane of one tile of one column per entry
+
+One grouped convolution (group = groups x tiles) over the gathered channels then gives every partial sum of an input plane.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from rqtool.errors import InputError, escaped
+from rqtool.hardware import adc
+from rqtool.mapping.plan import Geometry, Plan
+from rqtool.mapping.planes import extract
+from rqtool.program.ir import Op, Program
+
+PAIR_PEAK = 32767  # two products are added in 16 bits by x86 processors without 8-bit dot products
+GAIN_RANGE = (-128, 127)  # of a uint8 with zero point 128
+CERTIFY_BLOCK = 1 << 22  # partial sums tried at once
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One reads operation, ready to be written down."""
+
+    program: Program
+    op: Op
+
+    @cached_property
+    def plan(self) -> Plan:
+        return self.program.plan(self.op)
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.plan.geometry
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """kind, and for a uniform ADC shift and top."""
+        return self.op.attrs["adc"]
+
+    # -- rows and channels -------------------------------------------------------------------------------------------
+    @cached_property
+    def tiles(self) -> int:
+        """Tiles of one group."""
+        return len(self.plan.tiles)
+
+    @property
+    def planes(self) -> int:
+        """J, weight planes."""
+        return len(self.plan.weight_planes)
+
+    @property
+    def reads(self) -> int:
+        """R, reads per position and input plane."""
+        return self.plan.tile_count * self.planes * self.geometry.group_columns
+
+    @cached_property
+    def span(self) -> int:
+        """Channels that the widest tile touches."""
+        taps = prod(self.geometry.kernel)
+        return max((stop - 1) // taps - start // taps + 1 for start, stop in self.plan.tiles)
+
+    @cached_property
+    def first_channel(self) -> tuple[int, ...]:
+        """The first of the `span` channels of each tile, counted within the group."""
+        last_start = self.geometry.channels // self.geometry.groups - self.span
+        return tuple(min(start // prod(self.geometry.kernel), last_start) for start, _ in self.plan.tiles)
+
+    @cached_property
+    def channels(self) -> np.ndarray:
+        """int64 [groups * tiles * span]: the input channels in the order in which the convolution takes them."""
+        groups = np.arange(self.geometry.groups)[:, None, None] * (self.geometry.channels // self.geometry.groups)
+        return (groups + np.array(self.first_channel)[None, :, None] + np.arange(self.span)).reshape(-1)
+
+    @cached_property
+    def gathers(self) -> bool:
+        """Whether the channels must be reordered or repeated; not when tiles and channels coincide."""
+        return not np.array_equal(self.channels, np.arange(self.geometry.channels))
+
+    # -- cells -------------------------------------------------------------------------------------------------------
+    @cached_property
+    def values(self) -> np.ndarray:
+        """int16 [R, span, kh, kw]: what each cell contributes per input code."""
+        g, (kh, kw) = self.geometry, self.geometry.kernel
+        weight = self.program.const(self.op, "weight").astype(np.int16).reshape(g.groups, g.group_columns, g.rows)
+        values = np.zeros((g.groups, self.tiles, self.planes, g.group_columns, self.span * kh * kw), np.int16)
+        for t, (start, stop) in enumerate(self.plan.tiles):
+            at = start - self.first_channel[t] * kh * kw
+            for j, plane in enumerate(self.plan.weight_planes):
+                values[:, t, j, :, at : at + stop - start] = extract(weight[:, :, start:stop], plane)
+        return values.reshape(self.reads, self.span, kh, kw)
+
+    @cached_property
+    def cell_zero(self) -> int | None:
+        """The zero point of uint8 cells, or None for int8 ones: where int8 cannot hold a value, or a pair of products could saturate."""
+        peak_x, peak_w = max(p.peak for p in self.plan.input_planes), int(np.abs(self.values).max(initial=0))
+        if 2 * peak_x * peak_w <= PAIR_PEAK and peak_w <= 127:
+            return None
+        return 0 if self.values.min() >= 0 else 128
+
+    @cached_property
+    def cells(self) -> np.ndarray:
+        """int8 or uint8 [R, span, kh, kw], see `cell_zero`."""
+        return self.values.astype(np.int8) if self.cell_zero is None else (self.values + self.cell_zero).astype(np.uint8)
+
+    # -- the ADC -----------------------------------------------------------------------------------------------------
+    def per_read(self, table: np.ndarray) -> np.ndarray:
+        """int32 [1] where all reads share it, else [R], from a table [tiles or 1, columns or 1]."""
+        if (table == table.flat[0]).all():
+            return table.reshape(-1)[:1].astype(np.int32)
+        g = self.geometry
+        full = np.broadcast_to(table, (self.tiles, g.columns)).reshape(self.tiles, g.groups, 1, g.group_columns)
+        return np.broadcast_to(full.transpose(1, 0, 2, 3), (g.groups, self.tiles, self.planes, g.group_columns)).reshape(-1).astype(np.int32)
+
+    def table(self, role: str) -> np.ndarray:
+        """mult, zero or gain as the program holds it: int32 [tiles or 1, columns or 1]."""
+        return self.program.const(self.op, role)
+
+    @cached_property
+    def gain(self) -> np.ndarray:
+        """int32 [R]: the gain of each read times the factor of its weight plane."""
+        gain = self.per_read(self.table("gain")) if self.spec["kind"] == "uniform" else np.ones(1, np.int32)
+        factor = np.array([p.factor for p in self.plan.weight_planes], np.int32)[:, None]
+        shape = (self.plan.tile_count, self.planes, self.geometry.group_columns)
+        return (np.broadcast_to(gain, self.reads).reshape(shape) * factor).reshape(-1).astype(np.int32)
+
+    @cached_property
+    def tile_gain(self) -> np.ndarray | None:
+        """int32 [groups or 1, 1, tiles * planes] where the columns of a group share their gains and 8 bits hold them, else None."""
+        gain = self.gain.reshape(self.geometry.groups, self.tiles * self.planes, self.geometry.group_columns)
+        if (gain != gain[:, :, :1]).any() or gain.min() < GAIN_RANGE[0] or gain.max() > GAIN_RANGE[1]:
+            return None
+        rows = gain[:, None, :, 0]
+        return rows[:1] if (rows == rows[:1]).all() else rows
+
+    @cached_property
+    def p_range(self) -> tuple[int, int]:
+        """The smallest and largest partial sum any read of this layer can give."""
+        pairs = [self.plan.p_bounds(i, j) for i in range(len(self.plan.input_planes)) for j in range(self.planes)]
+        return min(lo for lo, _ in pairs), max(hi for _, hi in pairs)
+
+    @cached_property
+    def steps(self) -> np.ndarray:
+        """int64 [n, 2]: the distinct (mult, zero) of this layer's reads, sorted."""
+        mult, zero = np.broadcast_arrays(self.table("mult"), self.table("zero"))
+        return np.unique(np.stack([mult.reshape(-1), zero.reshape(-1)], 1).astype(np.int64), axis=0)
+
+    @cached_property
+    def requantises(self) -> bool:
+        """Whether the requantisation of a QLinearConv is this ADC: uniform, one zero, and certified over every partial sum."""
+        if self.spec["kind"] != "uniform" or np.unique(self.table("zero")).size > 1:
+            return False
+        peak, top = max(abs(p) for p in self.p_range), self.spec["top"]
+        exact = adc.float32_exact(peak, self.spec["shift"], top.bit_length()) and top <= 255
+        return exact and not differing_codes(self.steps, self.p_range, self.spec["shift"], top)
+
+
+def requantised(p: np.ndarray, mult: np.ndarray, shift: int, zero: np.ndarray, top: int) -> np.ndarray:
+    """The codes that QLinearConv and Clip compute, step by step in float32: int64, the broadcast shape of p, mult and zero."""
+    scale = mult.astype(np.float32) / np.float32(1 << shift)
+    rounded = np.rint(p.astype(np.float32) * scale).astype(np.int64) + zero
+    return rounded.clip(0, 255).clip(0, top)
+
+
+def differing_codes(steps: np.ndarray, p_range: tuple[int, int], shift: int, top: int) -> int:
+    """How many of all possible partial sums get another code from `requantised` than from the ADC's definition.
+
+    steps: int64 [n, 2], (mult, zero) pairs. Every integer of p_range is tried with every pair.
+    """
+    domain = np.arange(p_range[0], p_range[1] + 1, dtype=np.int64)
+    block = max(1, CERTIFY_BLOCK // domain.size)
+    wrong = 0
+    for start in range(0, len(steps), block):
+        mult, zero = steps[start : start + block, :1], steps[start : start + block, 1:]
+        wrong += int((requantised(domain, mult, shift, zero, top) != adc.uniform_code(domain, mult, shift, zero, top)).sum())
+    return wrong
+
+
+def refuse_wide_inputs(layout: Layout) -> None:
+    """Raise InputError where a layer's input codes do not fit the bits that the macro drives: planes would drop the rest."""
+    tensor, macro = layout.program.tensors[layout.op.inputs[0]], layout.program.macro
+    if tensor.lo is None or tensor.lo < 0 or tensor.hi > macro.q_x or not 0 <= layout.op.attrs["pad"] <= macro.q_x:
+        raise InputError(
+            f"{escaped(layout.op.attrs['layer'])}: its input reaches {tensor.lo}..{tensor.hi}, but the macro drives codes 0..{macro.q_x}; "
+            f"requantise the input first or raise --in-bits"
+        )
