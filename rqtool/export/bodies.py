@@ -212,8 +212,8 @@ class ReadsBody:
         return Int(self.body, self.body.attribute(name, TensorProto.INT32), value, value)
 
 
-def write_reads(layout: Layout, form: str, library: Library) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
-    """The function of a layer, added to `library`: its name, the constants it takes beside the codes, the attributes of its node.
+def write_reads(layout: Layout, form: str, library: Library) -> tuple[str, ReadsBody]:
+    """The function of a layer, added to `library`: its name, and the writer that holds its form, its constants and the attributes of its node.
 
     form: "qlinear" or "explicit"; a layer whose ADC no requantisation expresses is explicit in both.
     """
@@ -221,5 +221,4 @@ def write_reads(layout: Layout, form: str, library: Library) -> tuple[str, dict[
     writer = ReadsBody(layout, form)
     writer.write()
     name = NAMES.get(layout.geometry.kind, "ReConv")
-    name = library.intern(name, ["x", *writer.inputs], "acc", writer.body, list(writer.attributes), DOC[writer.form])
-    return name, writer.inputs, writer.attributes
+    return library.intern(name, ["x", *writer.inputs], "acc", writer.body, list(writer.attributes), DOC[writer.form]), writer

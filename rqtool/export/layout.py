@@ -115,11 +115,7 @@ class Layout:
     # -- the ADC -----------------------------------------------------------------------------------------------------
     def per_read(self, table: np.ndarray) -> np.ndarray:
         """int32 [1] where all reads share it, else [R], from a table [tiles or 1, columns or 1]."""
-        if (table == table.flat[0]).all():
-            return table.reshape(-1)[:1].astype(np.int32)
-        g = self.geometry
-        full = np.broadcast_to(table, (self.tiles, g.columns)).reshape(self.tiles, g.groups, 1, g.group_columns)
-        return np.broadcast_to(full.transpose(1, 0, 2, 3), (g.groups, self.tiles, self.planes, g.group_columns)).reshape(-1).astype(np.int32)
+        return by_read(table, self.geometry.groups, self.tiles, self.planes, self.geometry.columns)
 
     def table(self, role: str) -> np.ndarray:
         """mult, zero or gain as the program holds it: int32 [tiles or 1, columns or 1]."""
@@ -162,6 +158,18 @@ class Layout:
         peak, top = max(abs(p) for p in self.p_range), self.spec["top"]
         exact = adc.float32_exact(peak, self.spec["shift"], top.bit_length()) and top <= 255
         return exact and not differing_codes(self.steps, self.p_range, self.spec["shift"], top)
+
+
+def by_read(table: np.ndarray, groups: int, tiles: int, planes: int, columns: int) -> np.ndarray:
+    """int32 [1] where all reads share it, else [R] in the order of the reads, from a table [tiles or 1, columns or 1].
+
+    >>> by_read(np.array([[1, 2], [3, 4]]), groups=2, tiles=2, planes=1, columns=2)
+    array([1, 3, 2, 4], dtype=int32)
+    """
+    if (table == table.flat[0]).all():
+        return table.reshape(-1)[:1].astype(np.int32)
+    full = np.broadcast_to(table, (tiles, columns)).reshape(tiles, groups, 1, columns // groups).transpose(1, 0, 2, 3)
+    return np.broadcast_to(full, (groups, tiles, planes, columns // groups)).reshape(-1).astype(np.int32)
 
 
 def requantised(p: np.ndarray, mult: np.ndarray, shift: int, zero: np.ndarray, top: int) -> np.ndarray:

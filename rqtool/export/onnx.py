@@ -20,6 +20,7 @@ import numpy as np
 from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper
 
 from rqtool.errors import ConfigError, escaped, suggestion
+from rqtool.export import metadata
 from rqtool.export.bodies import CONV_ATTRIBUTES, write_reads
 from rqtool.export.emit import DOMAIN, DOMAIN_VERSION, DTYPES, IR_VERSION, OPSET, Body, Int, Library, Ref
 from rqtool.export.layout import Layout
@@ -39,6 +40,7 @@ class Graph:
         self.body = Body("/")
         self.library = Library()
         self.initializers: dict[str, np.ndarray] = {}
+        self.layouts: dict[str, tuple[Layout, str]] = {}  # of each reads operation, with the body its function has
 
     def constant(self, op: Op, role: str, array: np.ndarray) -> str:
         """An initializer that belongs to one operation."""
@@ -76,9 +78,11 @@ Value = tuple[str, str]  # name and type of what a rule has made
 
 
 def _reads(graph: Graph, op: Op) -> Value:
-    name, constants, attributes = write_reads(Layout(graph.program, op), graph.form, graph.library)
-    inputs = [graph.constant(op, role, array) for role, array in constants.items()]
-    return graph.call(op, name, [op.inputs[0], *inputs], **attributes), "int32"
+    layout = Layout(graph.program, op)
+    name, writer = write_reads(layout, graph.form, graph.library)
+    graph.layouts[op.name] = layout, writer.form
+    inputs = [graph.constant(op, role, array) for role, array in writer.inputs.items()]
+    return graph.call(op, name, [op.inputs[0], *inputs], **writer.attributes), "int32"
 
 
 def _xsum(graph: Graph, op: Op) -> Value:
@@ -122,7 +126,7 @@ def _requant(graph: Graph, op: Op) -> Value:
     body.nodes[-1].output[0] = "y"
     doc = f"clamp(({' + '.join(map('*'.join, zip(xs, mults)))} + add) >> shift, lo, hi), the shift rounding down."
     name = graph.library.intern("Requant" if count == 1 else "RequantAdd", [*xs, "add", *mults], "y", body, list(attributes), doc)
-    constants = [graph.constant(op, role, graph.program.const(op, role)) for role in ("add", *mults)]
+    constants = [graph.constant(op, role, graph.program.const(op, role).astype(np.int32)) for role in ("add", *mults)]
     return graph.call(op, name, [*op.inputs, *constants], **attributes), "int32"
 
 
@@ -229,7 +233,9 @@ def to_onnx(program: Program, body: str = "qlinear") -> ModelProto:
     graph = Graph(program, body)
     for op in program.ops:
         graph.add(op)
-    return _model(graph)
+    model = _model(graph)
+    metadata.attach(model, metadata.document(program, body, graph.layouts, graph.initializers))
+    return model
 
 
 def value_info(tensor: Tensor) -> Any:

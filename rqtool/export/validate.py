@@ -1,0 +1,142 @@
+"""Own checks of a file that rqtool wrote: the ONNX checker does not notice a missing function attribute, nor a changed weight.
+
+    graph        checker, strict shape inference, every ai.rqtool node has its function, inputs and attributes
+    document     schema, sha256 of every initializer, one layer per reads node
+    ADC          thresholds follow from mult, shift and zero; the tensors that the graph uses hold the same mult and zero;
+                 the float32 form that QLinearConv computes gives every code of every partial sum
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto
+
+from rqtool.errors import CheckError, escaped
+from rqtool.export import metadata
+from rqtool.export.emit import DOMAIN
+from rqtool.export.layout import by_read, differing_codes
+from rqtool.hardware import adc
+
+CONSTANT_ROLES = {"mult": "adc_mult", "zero": "adc_zero"}
+
+
+def validate(model: ModelProto) -> dict[str, Any]:
+    """The metadata document of a file whose graph, document and constants agree.
+
+    Raises InputError where the model is not one that rqtool wrote, CheckError naming the first thing that differs.
+    """
+    doc = metadata.read(model)
+    check_graph(model)
+    nodes, constants = _reads_nodes(model, doc), metadata.constants_of(model)
+    _check_constants(doc, constants)
+    for layer in doc["layers"]:
+        try:
+            _check_layer(doc, layer, nodes[layer["node"]], constants)
+        except (LookupError, TypeError, ValueError) as e:  # fields that follow the schema one by one, but not together
+            differs(f"{layer['layer']}: the metadata contradicts itself ({e})")
+    return doc
+
+
+def differs(what: str) -> NoReturn:
+    raise CheckError(f"{escaped(what)}; the file is not what rqtool export wrote, export it again")
+
+
+# -- the graph -------------------------------------------------------------------------------------------------------------
+def check_graph(model: ModelProto) -> None:
+    """Raise CheckError where the graph is not valid ONNX, or calls a function without all that the function declares."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+        differs(f"the graph is not valid ONNX, {str(e).splitlines()[0]}")
+    functions = {f.name: f for f in model.functions if f.domain == DOMAIN}
+    for node in model.graph.node:
+        if node.domain == DOMAIN:
+            _check_call(node, functions.get(node.op_type))
+
+
+def _check_call(node: NodeProto, function: onnx.FunctionProto | None) -> None:
+    if function is None:
+        differs(f"node {node.name} calls {node.op_type}, which the file does not define")
+    if len(node.input) != len(function.input):
+        differs(f"node {node.name} gives {node.op_type} {len(node.input)} inputs, not {len(function.input)}")
+    given, wanted = sorted(a.name for a in node.attribute), sorted(function.attribute)
+    if given != wanted:
+        differs(f"node {node.name} gives {node.op_type} the attributes {', '.join(given) or 'none'}, not {', '.join(wanted) or 'none'}")
+
+
+# -- the document ----------------------------------------------------------------------------------------------------------
+def _reads_nodes(model: ModelProto, doc: dict[str, Any]) -> dict[str, NodeProto]:
+    """The reads nodes by name, which must be those of the document."""
+    nodes = {n.name: n for n in model.graph.node if n.domain == DOMAIN and n.op_type.startswith(("ReConv", "ReLinear"))}
+    described = [layer["node"] for layer in doc["layers"]]
+    if sorted(nodes) != sorted(described):
+        differs(f"the metadata describes the reads nodes {', '.join(described)}, but the graph has {', '.join(nodes)}")
+    return nodes
+
+
+def _check_constants(doc: dict[str, Any], constants: dict[str, np.ndarray]) -> None:
+    if sorted(constants) != sorted(doc["constants"]):
+        odd = sorted(set(constants) ^ set(doc["constants"]))
+        differs(f"initializer {odd[0]} is only in {'the graph' if odd[0] in constants else 'the metadata'}")
+    for name, array in constants.items():
+        if metadata.sha256(array) != doc["constants"][name]:
+            differs(f"the sha256 of initializer {name} is not the one in the metadata")
+
+
+def _check_layer(doc: dict[str, Any], layer: dict[str, Any], node: NodeProto, constants: dict[str, np.ndarray]) -> None:
+    name, weight = layer["layer"], layer["weight"]
+    if node.metadata_props and metadata.entry(node, f"node {escaped(node.name)}") != metadata.short(doc, layer):
+        differs(f"{name}: the copy of the metadata at its node is not the document's")
+    if weight["tensor"] not in node.input or doc["constants"][weight["tensor"]] != weight["sha256"]:
+        differs(f"{name}: its cells are not the tensor that the metadata names")
+    if (node.input[0], node.output[0]) != (layer["input"]["tensor"], layer["acc"]["tensor"]):
+        differs(f"{name}: its node reads {node.input[0]} and writes {node.output[0]}, not {layer['input']['tensor']} and {layer['acc']['tensor']}")
+    if layer["adc"]["kind"] == "uniform":
+        _check_uniform(layer, node, constants)
+
+
+def _check_uniform(layer: dict[str, Any], node: NodeProto, constants: dict[str, np.ndarray]) -> None:
+    name, spec, steps = layer["layer"], layer["adc"], layer["adc"]["steps"]
+    attributes = {a.name: a.i for a in node.attribute}
+    if (attributes["adc_shift"], attributes["adc_top"]) != (spec["shift"], spec["top"]):
+        differs(f"{name}: its node has adc_shift {attributes['adc_shift']} and adc_top {attributes['adc_top']}, the metadata {spec['shift']} and {spec['top']}")
+    pairs = list(zip(steps["mult"], steps["zero"]))
+    if steps != metadata.steps(pairs, spec["shift"], spec["top"]):
+        differs(f"{name}: the thresholds in the metadata do not follow from mult, shift and zero")
+    for role, suffix in CONSTANT_ROLES.items():
+        if not np.array_equal(_expanded(layer, role), constants[f"{layer['node']}/{suffix}"]):
+            differs(f"{name}: the tensor {layer['node']}/{suffix} is not the {role} of the metadata")
+    if layer["body"] == "qlinear":
+        _check_requantisation(layer, np.array(pairs, np.int64))
+
+
+def _check_requantisation(layer: dict[str, Any], pairs: np.ndarray) -> None:
+    """Enumerate the float32 form, after the bounds within which it can be exact (they also keep the enumeration finite)."""
+    name, spec, (lo, hi) = layer["layer"], layer["adc"], p_range(layer)
+    if not adc.float32_exact(max(-lo, hi), spec["shift"], spec["top"].bit_length()):
+        differs(f"{name}: its partial sums, {lo}..{hi}, are beyond what float32 keeps exact at shift {spec['shift']}")
+    wrong = differing_codes(pairs, (lo, hi), spec["shift"], spec["top"])
+    if wrong:
+        differs(f"{name}: {wrong} partial sums get another code from QLinearConv than from the thresholds")
+
+
+def _expanded(layer: dict[str, Any], role: str) -> np.ndarray:
+    """What the tensor of mult or zero must hold, from the document's tables."""
+    weight, groups = layer["weight"], layer["geometry"]["groups"]
+    table = np.array(layer["adc"]["steps"][role])[np.array(layer["adc"]["step_of"])]
+    return by_read(table, groups, len(weight["first_channel"]), len(weight["planes"]["factor"]), layer["columns"])
+
+
+def p_range(layer: dict[str, Any]) -> tuple[int, int]:
+    """The smallest and largest partial sum of a layer's reads."""
+    return min(layer["reads"]["p_min"]), max(layer["reads"]["p_max"])
+
+
+def enumerated(layer: dict[str, Any]) -> int:
+    """How many (partial sum, step) pairs of a layer were tried."""
+    lo, hi = p_range(layer)
+    return (hi - lo + 1) * len(layer["adc"]["steps"]["mult"]) if layer["body"] == "qlinear" else 0

@@ -1,0 +1,131 @@
+"""The proof of an exported file: every integer of every tensor, by onnxruntime and by the metadata alone, equals the definition.
+
+Golden runs once over the images; every optimisation level, every batch and both views of the graph (as it is, and with all its
+tensors as outputs, which keeps optimisers from hiding them) are compared with what it gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import ModelProto
+
+from rqtool.errors import CheckError, InputError, escaped
+from rqtool.export import metadata, replay
+from rqtool.export.onnx import value_info
+from rqtool.export.validate import enumerated, validate
+from rqtool.program import golden
+from rqtool.program.ir import Op, Program
+
+LEVELS = {"disabled": 0, "basic": 1, "extended": 2, "all": 99}
+BATCHES = (1, 2, 5, 64)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, and found equal."""
+
+    images: int  # distinct inputs that golden ran
+    levels: tuple[str, ...]
+    batches: tuple[int, ...]
+    tensors: int  # of the program, each compared in every run
+    integers: int  # compared with golden, all runs together
+    codes: int  # (partial sum, step) pairs enumerated against adc.py
+    reads: int  # entries of the metadata replayed on the first image
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def describe(self) -> str:
+        """One sentence for people."""
+        return (
+            f"{self.integers} integers of {self.tensors} tensors equal at {len(self.levels)} optimisation levels and batch {', '.join(map(str, self.batches))}; "
+            f"{self.codes} codes enumerated; {self.reads} reads replayed from the metadata"
+        )
+
+
+def verify(model: ModelProto, program: Program, x: np.ndarray, batches: Sequence[int] = BATCHES, levels: Sequence[str] = tuple(LEVELS)) -> Report:
+    """The report of a file that equals its program on the images x (uint8 or float32 [n, ...], n >= 1), bit for bit.
+
+    Larger batches than n repeat the images. levels: of `LEVELS`. Raises CheckError with the first tensor or read that differs,
+    InputError where the model is not an rqtool export or x does not fit.
+    """
+    check_images(program, x)
+    doc = validate(model)
+    if doc["program"]["sha256"] != program.sha256():
+        raise CheckError("the file was exported from another program (their sha256 differ); export this one again")
+    want = golden.run(program, x)
+    views = (model, with_all_tensors(program, model))
+    integers = sum(_compare_run(view, program, x, want, batch, level) for level in levels for view in views for batch in batches)
+    reads = sum(_compare_replay(layer, model, program, op, want) for layer, op in zip(doc["layers"], program.reads()))
+    codes = sum(enumerated(layer) for layer in doc["layers"])
+    return Report(len(x), tuple(levels), tuple(batches), len(program.ops), integers, codes, reads)
+
+
+def check_images(program: Program, x: np.ndarray) -> None:
+    """Raise InputError where x is not a batch of what the program takes."""
+    t = program.tensors[program.input]
+    if len(x) == 0 or x.shape[1:] != t.shape or x.dtype != t.dtype:
+        raise InputError(f"the program takes images of {t.dtype} {list(t.shape)}, and at least one, not {len(x)} of {x.dtype} {list(x.shape[1:])}; give what the model was made for")
+
+
+def with_all_tensors(program: Program, model: ModelProto) -> ModelProto:
+    """A copy of the model that returns every tensor of the program, the output first."""
+    full = ModelProto()
+    full.CopyFrom(model)
+    full.graph.output.extend(value_info(program.tensors[op.output]) for op in program.ops if op.output != program.output)
+    return full
+
+
+def session(model: ModelProto, level: str) -> onnxruntime.InferenceSession:
+    """A CPU session at one optimisation level."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel(LEVELS[level])
+    options.log_severity_level = 3  # errors only: warnings would speak of the graph's unused value names
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _compare_run(model: ModelProto, program: Program, x: np.ndarray, want: dict[str, np.ndarray], batch: int, level: str) -> int:
+    """The integers compared in one run."""
+    chosen = np.arange(batch) % len(x)
+    names = [o.name for o in model.graph.output]
+    values = session(model, level).run(names, {program.input: x[chosen]})
+    for name, value in zip(names, values):
+        compare(f"onnxruntime, optimisation level {level}, batch {batch}: tensor {name}", value, want[name][chosen])
+    return sum(value.size for value in values)
+
+
+def _compare_replay(layer: dict[str, Any], model: ModelProto, program: Program, op: Op, want: dict[str, np.ndarray]) -> int:
+    """The reads of a layer compared, as the metadata describes them, on the first image."""
+    x, count = want[op.inputs[0]][:1], 0
+    entries: Iterable[replay.Entry] = replay.entries(layer, metadata.constants_of(model), x)
+    acc = np.zeros_like(want[op.output][:1])
+    for read, entry in zip(_by_group(golden.each_read(program, op, x)), entries, strict=True):
+        what = f"metadata of {layer['layer']}, tile {entry.tile}, columns {entry.columns[0]}..{entry.columns[1] - 1}"
+        compare(f"{what}: partial sum", entry.p, read[0])
+        compare(f"{what}: code", entry.code, read[1])
+        acc[:, slice(*entry.columns)] += entry.factor * entry.value
+        count += 1
+    compare(f"metadata of {layer['layer']}: accumulator", acc, want[op.output][:1])
+    return count
+
+
+def _by_group(reads: Iterable[golden.Read]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    return ((read.p[:, g], read.code[:, g]) for read in reads for g in range(read.p.shape[1]))
+
+
+def compare(what: str, value: np.ndarray, want: np.ndarray) -> None:
+    """Raise CheckError, with the first place, where two integer arrays are not equal."""
+    if value.shape != want.shape:
+        raise CheckError(f"{escaped(what)} has the shape {list(value.shape)}, not {list(want.shape)}; please report this as a bug")
+    wrong = np.argwhere(value != want)
+    if len(wrong):
+        at = tuple(int(i) for i in wrong[0])
+        raise CheckError(
+            f"{escaped(what)} differs from the definition at {len(wrong)} of {value.size} integers, "
+            f"first at {list(at)}: {value[at]}, not {want[at]}; please report this as a bug"
+        )
