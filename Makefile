@@ -27,4 +27,4 @@ venv: .venv/installed
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .ci/tmp
-	find rqtool tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find rqtool tests -name __pycache__ -type d -prune -exec rm -rf {} +
