@@ -71,12 +71,13 @@ class Body:
         self.nodes.append(node)
         return node
 
-    def const(self, value: Any, dtype: Any = np.int32, out: str = "const") -> str:
-        """A Constant node, written once per value."""
+    def const(self, value: Any, dtype: Any = np.int32) -> str:
+        """A Constant node, written once per value; scalars are named after it."""
         array = np.asarray(value, dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            self._constants[key] = self.node("Constant", out=out, value=numpy_helper.from_array(array))
+            hint = f"c{array.item():g}_{array.dtype}".replace("-", "m") if array.ndim == 0 else "const"
+            self._constants[key] = self.node("Constant", out=hint, value=numpy_helper.from_array(array))
         return self._constants[key]
 
     def attribute(self, name: str, dtype: int, out: str | None = None) -> str:

@@ -75,15 +75,15 @@ def _write_layer(program: Program, op: Op, values: dict[str, np.ndarray], folder
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)
     write_atomic(folder / f"{stem}.npz", packed.getvalue(), force=force)
-    words = {name: _write_words(folder, stem, name, array, width(layout, name), force) for name, array in arrays.items()}
+    words = {name: _write_words(folder, stem, name, array, *word(layout, name), force) for name, array in arrays.items()}
     return {"layer": op.attrs["layer"], "npz": f"{stem}.npz", "arrays": words}
 
 
-def _write_words(folder: Path, stem: str, name: str, array: np.ndarray, bits: int, force: bool) -> dict[str, Any]:
+def _write_words(folder: Path, stem: str, name: str, array: np.ndarray, bits: int, signed: bool, force: bool) -> dict[str, Any]:
     text = hex_words(array, bits, f"{stem} {name} {list(array.shape)}, {bits} bits")
     write_atomic(folder / f"{stem}.{name}.hex", text.encode(), force=force)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return {"hex": f"{stem}.{name}.hex", "axes": AXES[name], "shape": list(array.shape), "bits": bits, "signed": bool(array.min() < 0), "sha256": digest}
+    return {"hex": f"{stem}.{name}.hex", "axes": AXES[name], "shape": list(array.shape), "bits": bits, "signed": signed, "sha256": digest}
 
 
 def layer_arrays(program: Program, op: Op, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -102,16 +102,15 @@ def layer_arrays(program: Program, op: Op, values: dict[str, np.ndarray]) -> dic
     return {"input": x.astype(np.uint8), "cells": cells, "p": p, "code": code, "tile_acc": tile_acc, "acc": acc.astype(np.int32)}
 
 
-def width(layout: Layout, name: str) -> int:
-    """Bits of a word of one array: enough for everything the hardware could give, not only for these images."""
+def word(layout: Layout, name: str) -> tuple[int, bool]:
+    """(bits, signed) of a word of one array: enough for everything the hardware could give, not only for these images."""
     macro = layout.program.macro
-    if name == "input":
-        return macro.in_bits
-    if name == "cells":
-        return bits_of(int(layout.values.min()), int(layout.values.max()))
-    if name == "p" or (name == "code" and macro.ideal):
-        return bits_of(*layout.p_range)
-    return macro.adc_bits if name == "code" else ACC_BITS
+    if name in ("tile_acc", "acc"):
+        return ACC_BITS, True
+    if name == "input" or (name == "code" and not macro.ideal):
+        return macro.in_bits if name == "input" else macro.adc_bits, False
+    lo, hi = (int(layout.values.min()), int(layout.values.max())) if name == "cells" else layout.p_range
+    return bits_of(lo, hi), lo < 0
 
 
 def bits_of(lo: int, hi: int) -> int:
