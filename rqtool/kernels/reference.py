@@ -59,22 +59,29 @@ class _Reads:
         flat = torch.as_tensor(table, device=p.device).to(p.dtype)
         return flat.flatten()[row * flat.shape[1] + (p.long() - tables.p_min)]
 
-    def values(self, p: torch.Tensor) -> torch.Tensor:
+    def noise(self, p: torch.Tensor, chunk: int):
+        """The draws of one chunk of images, the same in both passes; 0 without noise."""
+        if self.spec.noise is None:
+            return 0
+        generator = torch.Generator().manual_seed(self.spec.noise.seed * 65537 + chunk)
+        draws = torch.as_tensor(self.spec.noise.draws)
+        return draws[torch.randint(draws.numel(), p.shape, generator=generator)].to(p)
+
+    def values(self, p: torch.Tensor, chunk: int) -> torch.Tensor:
         """gain * (code - zero) of every partial sum, or its table value."""
         if self.spec.tables is not None and self.spec.tables.value is not None:
             return self.lookup(self.spec.tables.value, p)
-        return self.gain * torch.floor(p * self.rate + 0.5).clamp(self.lo, self.hi)
+        return self.gain * torch.floor(p * self.rate + 0.5 + self.noise(p, chunk)).clamp(self.lo, self.hi)
 
-    def slopes(self, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slope, q - u * slope): how a read answers to its partial sum, and to its step."""
+    def slopes(self, p: torch.Tensor, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slope, q - u * slope): how a read answers to its partial sum, and to its step (0 where a table gives the values)."""
         u = p * self.rate
-        raw = torch.floor(u + 0.5)
+        raw = torch.floor(u + 0.5 + self.noise(p, chunk))
         q = raw.clamp(self.lo, self.hi)
-        if self.spec.tables is None:
-            slope = (raw == q).to(p.dtype)
-            return slope, q - u * slope
-        slope = self.lookup(self.spec.tables.slope, p)
-        return slope, torch.zeros_like(p)
+        tables = self.spec.tables
+        slope = (raw == q).to(p.dtype) if tables is None else self.lookup(tables.slope, p)
+        step_slope = torch.zeros_like(p) if tables is not None and tables.value is not None else q - u * slope
+        return slope, step_slope
 
 
 def _chunks(x: torch.Tensor, spec: ReadSpec, positions: int):
@@ -91,18 +98,19 @@ def forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.Tens
     """acc [N, O, H_out, W_out] in x's dtype and on its device. x: [N, C, H, W] codes, already padded; weight: [O, K]."""
     reads = _Reads(weight, spec, x.dtype)
     height, width = _positions(x, spec)
-    parts = [reads.values(reads.partial_sums(_columns(part, spec))).sum(2).flatten(1, 2) for part in _chunks(x, spec, height * width)]
+    chunks = enumerate(_chunks(x, spec, height * width))
+    parts = [reads.values(reads.partial_sums(_columns(part, spec)), c).sum(2).flatten(1, 2) for c, part in chunks]
     return torch.cat(parts).unflatten(2, (height, width))
 
 
 def backward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx of the padded x, dw [O, K], dstep [T, O]) for gy [N, O, H_out, W_out], without noise."""
+    """(dx of the padded x, dw [O, K], dstep [T, O]) for gy [N, O, H_out, W_out], with the forward pass's noise."""
     reads, g = _Reads(weight, spec, x.dtype), spec.geometry
     height, width = _positions(x, spec)
     dw, dstep, dx = 0, 0, []
-    for part, gpart in zip(_chunks(x, spec, height * width), _chunks(gy, spec, height * width)):
+    for c, (part, gpart) in enumerate(zip(_chunks(x, spec, height * width), _chunks(gy, spec, height * width))):
         columns = _columns(part, spec)
-        slope, step_slope = reads.slopes(reads.partial_sums(columns))
+        slope, step_slope = reads.slopes(reads.partial_sums(columns), c)
         grad = gpart.flatten(2).unflatten(1, (g.groups, 1, -1))  # [n, G, 1, Og, L]
         dstep = dstep + (grad * step_slope).sum((0, -1))
         d = grad * slope

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rqtool.hardware import adc
 from rqtool.mapping.plan import Geometry, Plan
 
 
@@ -61,3 +62,12 @@ def make_spec(plan: Plan, mult: np.ndarray, zero: np.ndarray, gain: np.ndarray, 
     zero = np.asarray(zero)
     arrays = (over_reads(a, plan) for a in (rate, -zero, plan.macro.top - zero, gain))
     return ReadSpec(plan.geometry, plan.tiles, *arrays, tables=tables, noise=noise)
+
+
+def free_level_spec(plan: Plan, thresholds: np.ndarray, levels: np.ndarray) -> ReadSpec:
+    """The spec of an ADC with free levels: thresholds [top] and levels [top + 1], integers; one ADC for the layer."""
+    p = np.arange(plan.macro.p_min, plan.macro.p_max + 1)
+    value = adc.level_value(adc.threshold_code(p, thresholds), levels).astype(np.float32)[None]
+    row = np.zeros((len(plan.tiles), plan.geometry.columns), np.int64)
+    one = np.ones((1, 1))
+    return make_spec(plan, one, one, one, tables=Tables(plan.macro.p_min, row, np.zeros_like(value), value))

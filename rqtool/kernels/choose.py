@@ -1,0 +1,64 @@
+"""Which carrier runs a call: fused numba on CPUs where float32 is exact, chunked torch everywhere else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+
+from rqtool.kernels import reference
+from rqtool.kernels.spec import ReadSpec
+from rqtool.mapping.plan import Plan
+
+FLOAT32_WHOLE = 1 << 24  # float32 holds every whole number below
+
+
+class Fused:
+    """kernels/cpu.py over torch tensors, on torch's own number of threads."""
+
+    name = "fused (numba)"
+
+    @staticmethod
+    def forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
+        from rqtool.kernels import cpu  # numba takes half a second to import
+
+        return torch.from_numpy(cpu.forward(_array(x), _array(weight), spec, torch.get_num_threads()))
+
+    @staticmethod
+    def backward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        from rqtool.kernels import cpu
+
+        return tuple(map(torch.from_numpy, cpu.backward(_array(x), _array(weight), spec, _array(gy), torch.get_num_threads())))
+
+
+class Chunked:
+    """kernels/reference.py, in the dtype of its input."""
+
+    name = "chunked (torch)"
+    forward, backward = staticmethod(reference.forward), staticmethod(reference.backward)
+
+
+def _array(x: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(x.detach().numpy())
+
+
+def numba_available() -> bool:
+    return find_spec("numba") is not None
+
+
+def for_training(x: torch.Tensor, spec: ReadSpec) -> type[Fused] | type[Chunked]:
+    """The carrier of a float32 training step; noise needs the fused one, so on other devices it is drawn by the chunked one."""
+    return Fused if x.device.type == "cpu" and x.dtype == torch.float32 and numba_available() else Chunked
+
+
+def exact_forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, plan: Plan, certified: bool) -> torch.Tensor:
+    """acc as int32 [N, O, H_out, W_out], exactly: fused float32 where certified and in bounds, else chunked float64.
+
+    x: padded whole-number codes [N, C, H, W] of one input plane; weight: [O, K] of one weight plane.
+    """
+    spec = replace(spec, geometry=replace(spec.geometry, padding=(0, 0)))
+    if certified and max(plan.acc_bound, plan.macro.p_max) < FLOAT32_WHOLE and x.device.type == "cpu":
+        return Fused.forward(x.float(), weight.float(), spec).int()
+    return Chunked.forward(x.double(), weight.double(), spec).int()

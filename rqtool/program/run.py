@@ -1,0 +1,171 @@
+"""The integer program in torch: what `rqtool eval` reports. Every integer of every tensor equals golden.py's.
+
+Reads go through the fused kernel where the plan was certified: every partial sum that can occur was converted once by the
+kernel's own lines and compared with hardware/adc.py. Where one code differs the exact path is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from rqtool.hardware import adc
+from rqtool.kernels import choose
+from rqtool.kernels.spec import ReadSpec, free_level_spec, make_spec
+from rqtool.mapping.plan import Geometry, Plan
+from rqtool.mapping.planes import extract
+from rqtool.program.ir import Op, Program
+
+DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "float32": torch.float32}
+
+
+# -- reads -----------------------------------------------------------------------------------------------------------
+def certified(plan: Plan, mult: np.ndarray, zero: np.ndarray) -> bool:
+    """Whether the fused kernel converts every partial sum of the plan to the code that hardware/adc.py gives.
+
+    mult, zero: int arrays [1 or T, 1 or O]. False where numba is absent.
+    """
+    if not choose.numba_available():
+        return False
+    from rqtool.kernels import cpu
+
+    macro = plan.macro
+    p = np.arange(macro.p_min, macro.p_max + 1, dtype=np.int64)
+    for m, z in {(int(m), int(z)) for m, z in zip(*(a.flat for a in np.broadcast_arrays(mult, zero)))}:
+        expected = adc.uniform_code(p, m, macro.shift, z, macro.top) - z
+        if not np.array_equal(cpu.codes(p.astype(np.float32), m / 2.0**macro.shift, -z, macro.top - z), expected):
+            return False
+    return True
+
+
+class Reads:
+    """One reads operation, prepared: planes of the weight, spec of the ADC, certificate."""
+
+    def __init__(self, program: Program, op: Op) -> None:
+        self.plan, self.pad = program.plan(op), op.attrs["pad"]
+        g, kind = self.plan.geometry, op.attrs["adc"]["kind"]
+        weight = torch.from_numpy(program.const(op, "weight").astype(np.int32)).reshape(g.columns, -1)
+        self.whole = weight
+        self.planes = [extract(weight, b) for b in self.plan.weight_planes]
+        self.ideal = kind == "ideal"
+        self.spec, self.fast = (None, False) if self.ideal else self._prepare(program, op, kind)
+
+    def _prepare(self, program: Program, op: Op, kind: str) -> tuple[ReadSpec, bool]:
+        if kind == "free":
+            return free_level_spec(self.plan, program.const(op, "thresholds"), program.const(op, "levels")), choose.numba_available()
+        mult, zero, gain = (program.const(op, role) for role in ("mult", "zero", "gain"))
+        return make_spec(self.plan, mult, zero, gain), certified(self.plan, mult, zero)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """acc int32 [N, O, H_out, W_out] from uint8 codes [N, C, H, W]."""
+        ph, pw = self.plan.geometry.padding
+        x = F.pad(x.int(), (pw, pw, ph, ph), value=self.pad)
+        if self.ideal:
+            return self._exact(x)
+        acc = 0
+        for a in self.plan.input_planes:
+            part = extract(x, a)
+            for b, w in zip(self.plan.weight_planes, self.planes):
+                acc = acc + a.factor * b.factor * choose.exact_forward(part, w, self.spec, self.plan, self.fast)
+        return acc
+
+    def _exact(self, x: torch.Tensor) -> torch.Tensor:
+        g, acc = self.plan.geometry, 0
+        planes = [(b.factor, w) for b, w in zip(self.plan.weight_planes, self.planes)]
+        for factor, w in planes:
+            kernel = w.view(g.columns, -1, *g.kernel).double()
+            acc = acc + factor * F.conv2d(x.double(), kernel, None, g.stride, 0, g.dilation, g.groups)
+        return acc.int()
+
+
+# -- the other operations: one rule each ------------------------------------------------------------------------------
+def _xsum(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
+    g = Geometry.from_dict(op.attrs["geometry"])
+    ph, pw = g.padding
+    ones = torch.ones(op.attrs["columns"], g.channels // g.groups, *g.kernel, dtype=torch.float64)
+    return F.conv2d(F.pad(x.double(), (pw, pw, ph, ph), value=op.attrs["pad"]), ones, None, g.stride, 0, g.dilation, g.groups).int()
+
+
+def _quantize(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
+    scaled = torch.floor(x * np.float32(2.0 ** op.attrs["exponent"]).item() + 0.5)
+    return scaled.clamp(op.attrs["lo"], op.attrs["hi"]).int()
+
+
+def _requant(op: Op, consts: dict, *xs: torch.Tensor) -> torch.Tensor:
+    total = consts["add"]
+    for n, x in enumerate(xs):
+        total = total + x.int() * consts[f"mult{n}"]
+    return (total >> op.attrs["shift"]).clamp(op.attrs["lo"], op.attrs["hi"])
+
+
+def _pads(pads: list) -> list[int]:
+    return [n for pair in reversed(pads) for n in pair]
+
+
+def _maxpool(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
+    a = op.attrs
+    x = F.pad(x.double(), _pads(a["padding"]), value=float("-inf"))
+    return F.max_pool2d(x, tuple(a["kernel"]), tuple(a["stride"]), 0, tuple(a["dilation"])).int()
+
+
+def _sumpool(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
+    a = op.attrs
+    return F.avg_pool2d(F.pad(x.double(), _pads(a["padding"])), tuple(a["kernel"]), tuple(a["stride"]), divisor_override=1).int()
+
+
+def _slice(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
+    return x[(slice(None),) * (op.attrs["axis"] + 1) + (slice(op.attrs["start"], op.attrs["stop"], op.attrs["step"]),)]
+
+
+RULES: dict[str, Callable[..., torch.Tensor]] = {
+    "xsum": _xsum,
+    "quantize": _quantize,
+    "requant": _requant,
+    "maxpool": _maxpool,
+    "sumpool": _sumpool,
+    "reshape": lambda op, consts, x: x.reshape(x.shape[0], *op.attrs["shape"]),
+    "permute": lambda op, consts, x: x.permute(0, *(a + 1 for a in op.attrs["axes"])),
+    "concat": lambda op, consts, *xs: torch.cat(xs, op.attrs["axis"] + 1),
+    "pad": lambda op, consts, x: F.pad(x, _pads(op.attrs["pads"])),
+    "slice": _slice,
+}
+
+
+class Runner:
+    """A program made ready to run on batches.
+
+    `fast` says which reads use the fused kernel (by layer); calling it gives the output, `trace` every tensor.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.rules = [self._rule(op) for op in program.ops]
+        self.fast = {op.attrs["layer"]: rule.ideal or rule.fast for op, rule in zip(program.ops, self.rules) if op.kind == "reads"}
+
+    def _rule(self, op: Op) -> Callable[..., torch.Tensor]:
+        if op.kind == "reads":
+            return Reads(self.program, op)
+        consts = {role: torch.from_numpy(np.array(self.program.constants[name])) for role, name in op.consts.items()}
+        return lambda *xs: RULES[op.kind](op, consts, *xs)
+
+    @torch.no_grad()
+    def trace(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every tensor by name, uint8 or int32 [N, ...], for uint8 or float32 x [N, ...]."""
+        values = {self.program.input: x}
+        for op, rule in zip(self.program.ops, self.rules):
+            values[op.output] = rule(*(values[name] for name in op.inputs)).to(DTYPES[self.program.tensors[op.output].dtype])
+        return values
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The output tensor, int32 [N, classes]."""
+        values, last = {self.program.input: x}, {name: i for i, op in enumerate(self.program.ops) for name in op.inputs}
+        for i, (op, rule) in enumerate(zip(self.program.ops, self.rules)):
+            values[op.output] = rule(*(values[name] for name in op.inputs)).to(DTYPES[self.program.tensors[op.output].dtype])
+            for name in set(op.inputs):
+                if last[name] == i:
+                    del values[name]
+        return values[self.program.output]

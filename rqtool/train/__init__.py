@@ -1,0 +1,1 @@
+"""Training through the ADC: quantisers, the relaxed ADC, rewriting, calibration, fine-tuning."""

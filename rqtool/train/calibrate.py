@@ -1,0 +1,182 @@
+"""Calibration: scales of inputs and weights, then the ADC's step and zero from the histogram of what it will read. No gradient.
+
+One pass over a batch sets every layer in order, each from inputs that already went through the calibrated layers before it, with
+batch norm on the statistics of that batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from rqtool.hardware import adc
+from rqtool.hardware.macro import Macro
+from rqtool.model.network import Network
+from rqtool.train.histogram import partial_sum_histogram
+from rqtool.train.layers import LEVEL_UNITS, ReadLayer
+from rqtool.train.reads import pad_codes
+from rqtool.train.rewrite import read_layers
+
+STEPS = 120  # candidate steps, geometric
+LEVEL_BINS = 1024  # a free-level search merges partial sums beyond this many
+
+
+# -- the ADC of a histogram ------------------------------------------------------------------------------------------
+def optimal_uniform(histograms: np.ndarray, macro: Macro) -> tuple[np.ndarray, int]:
+    """The (step [groups], zero) of least squared error sum_p h(p) * (value(code(p)) - p)**2.
+
+    histograms: [groups, p_max - p_min + 1]. Steps are exact minima over 120 geometric candidates, each snapped to 2**S / M; the
+    zero is the code book's, searched over all codes for `twos`. One zero serves all groups, for one digital subtraction.
+    """
+    used = np.flatnonzero(histograms.sum(0))
+    p = used + macro.p_min
+    h = histograms[:, used].astype(np.float64)
+    zeros = np.arange(macro.top + 1) if macro.codebook == "twos" else np.array([macro.zero])
+    largest = max(1.0, float(np.abs(p).max(initial=1)))
+    steps = np.unique(adc.snap(np.geomspace(1.0, max(1.5, 2.2 * largest / max(1, macro.top)), STEPS), macro.shift))[::-1]
+    errors = np.stack([_squared_errors(p, h, mult, zeros, macro) for mult in steps])  # [steps, zeros, groups]
+    zero = int(errors.min(0).sum(-1).argmin())
+    best = errors[:, zero].argmin(0)
+    return 2.0**macro.shift / steps[best], int(zeros[zero])
+
+
+def _squared_errors(p: np.ndarray, h: np.ndarray, mult: float, zeros: np.ndarray, macro: Macro) -> np.ndarray:
+    code = adc.uniform_code(p[None], int(mult), macro.shift, zeros[:, None], macro.top)
+    value = adc.uniform_value(code, zeros[:, None], 2.0**macro.shift / mult)
+    return (value - p) ** 2 @ h.T
+
+
+def optimal_levels(histogram: np.ndarray, macro: Macro) -> tuple[np.ndarray, np.ndarray]:
+    """(thresholds [top], levels [top + 1]) of least squared error, by dynamic programming over the histogram [P].
+
+    Levels are integers in eighths of a partial-sum unit; the level of the cell that holds p = 0 is exactly 0 (design page 1).
+    Thresholds are partial sums. Histograms of more than 1,024 different sums are merged to that many bins first.
+    """
+    p, h = _bins(histogram, macro)
+    cost = _cell_costs(p, h)
+    cuts = _best_cuts(cost, min(macro.top + 1, len(p)))
+    levels = [0 if (p[a] <= 0 <= p[b - 1]) else round(LEVEL_UNITS * float(h[a:b] @ p[a:b]) / max(1e-9, h[a:b].sum())) for a, b in zip(cuts, cuts[1:])]
+    thresholds = [int(np.ceil((p[a - 1] + p[a]) / 2)) if p[a] > 0 else int(np.floor((p[a - 1] + p[a]) / 2)) + 1 for a in cuts[1:-1]]
+    missing = macro.top + 1 - len(levels)  # fewer different sums than codes: the upper codes never occur
+    return np.array(thresholds + [macro.p_max + 1 + i for i in range(missing)]), np.array(levels + [levels[-1]] * missing)
+
+
+def _bins(histogram: np.ndarray, macro: Macro) -> tuple[np.ndarray, np.ndarray]:
+    """Occurring partial sums (0 always) and their counts, merged to at most LEVEL_BINS."""
+    h = histogram.astype(np.float64)
+    h[-macro.p_min] += 1e-6
+    p = np.flatnonzero(h) + macro.p_min
+    width = -(-len(p) // LEVEL_BINS)
+    if width == 1:
+        return p.astype(np.float64), h[p - macro.p_min]
+    keys = np.where(p == 0, 0, np.sign(p) * (np.abs(p) // width + 1))
+    weights = h[p - macro.p_min]
+    _, inverse = np.unique(keys, return_inverse=True)
+    total = np.bincount(inverse, weights)
+    return np.bincount(inverse, weights * p) / total, total
+
+
+def _cell_costs(p: np.ndarray, h: np.ndarray) -> np.ndarray:
+    """cost[a, b]: squared error of one cell over bins a .. b-1; a cell around 0 is represented by 0."""
+    s0, s1, s2 = (np.concatenate([[0], np.cumsum(h * p**k)]) for k in range(3))
+    w, m, e = (s[None, :] - s[:, None] for s in (s0, s1, s2))
+    cost = e - np.divide(m * m, w, out=np.zeros_like(m), where=w > 0)
+    zero = int(np.flatnonzero(p == 0)[0])
+    cost[: zero + 1, zero + 1 :] = e[: zero + 1, zero + 1 :]
+    return np.where(np.arange(len(p) + 1)[:, None] < np.arange(len(p) + 1)[None, :], cost, np.inf)
+
+
+def _best_cuts(cost: np.ndarray, cells: int) -> list[int]:
+    """Ends of the cells that partition all bins at least cost."""
+    n = cost.shape[0]
+    best, back = cost[0].copy(), []
+    for _ in range(cells - 1):
+        total = best[:, None] + cost
+        back.append(total.argmin(0))
+        best = total.min(0)
+    cuts = [n - 1]
+    for choice in reversed(back):
+        cuts.append(int(choice[cuts[-1]]))
+    return [0] + cuts[::-1] if cuts[-1] else cuts[::-1]
+
+
+# -- a layer, a network ----------------------------------------------------------------------------------------------
+@torch.no_grad()
+def set_adc(layer: ReadLayer, histogram: np.ndarray) -> None:
+    """Give a layer the ADC that its macro's range policy asks for; histogram as from `partial_sum_histogram`."""
+    macro = layer.plan.macro
+    if macro.levels == "free":
+        thresholds, levels = optimal_levels(histogram.sum(0), macro)
+        layer.thresholds.copy_(torch.as_tensor(thresholds))
+        layer.levels.copy_(torch.as_tensor(levels))
+        return
+    if macro.range == "calibrated":
+        step, zero = optimal_uniform(histogram, macro)
+        layer.zero.fill_(zero)
+    else:
+        step = adc.full_scale_step(macro.p_min, macro.p_max, macro.zero, macro.top) if macro.range == "full" else macro.step
+    layer.log_step.copy_(torch.as_tensor(np.array(np.broadcast_to(step, layer.log_step.numel()))).view_as(layer.log_step).log())
+
+
+@torch.no_grad()
+def _calibrate_layer(layer: ReadLayer, x: torch.Tensor) -> None:
+    layer.input.calibrate(x)
+    layer.weights.calibrate(layer.weight.reshape(layer.plan.geometry.columns, -1))
+    if not layer.plan.macro.ideal:
+        codes = pad_codes(layer.input(x), layer.plan.geometry.padding, int(layer.input.zero))
+        set_adc(layer, partial_sum_histogram(codes, layer.weight_codes(), layer.plan))
+
+
+@torch.no_grad()
+def calibrate(network: Network, x: torch.Tensor, done: Callable[[], None] = lambda: None) -> None:
+    """Set every layer's quantisers and ADC from a batch of real-valued inputs x [N, ...]; `done` is called after each layer."""
+    layers = read_layers(network)
+
+    def one(layer: ReadLayer, value: torch.Tensor) -> None:
+        _calibrate_layer(layer, value)
+        done()
+
+    for layer in layers.values():
+        layer.calibrating = one
+    try:
+        with batch_statistics(network):
+            network(x)
+    finally:
+        for layer in layers.values():
+            layer.calibrating = None
+
+
+# -- batch norm ------------------------------------------------------------------------------------------------------
+def norms(network: nn.Module) -> list[nn.Module]:
+    return [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+
+
+class batch_statistics:
+    """Within: batch norm uses each batch's statistics and averages them; afterwards the average is its running statistics."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.norms = norms(network)
+
+    def __enter__(self) -> None:
+        self.momenta = [m.momentum for m in self.norms]
+        for m in self.norms:
+            m.reset_running_stats()
+            m.momentum = None  # a cumulative average
+            m.train()
+
+    def __exit__(self, *_: object) -> None:
+        for m, momentum in zip(self.norms, self.momenta):
+            m.momentum = momentum
+            m.eval()
+
+
+@torch.no_grad()
+def reestimate_norms(network: Network, batches) -> None:
+    """Batch-norm statistics measured anew with the hard ADC, over real-valued batches [N, ...]; the network is left in eval mode."""
+    network.eval()
+    with batch_statistics(network):
+        for x in batches:
+            network(x)

@@ -1,0 +1,69 @@
+"""A trained network handed to program/freeze.py: its learned numbers as plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from rqtool.hardware.macro import Macro
+from rqtool.model.network import Network
+from rqtool.program.freeze import Freezer, Frozen, Norm
+from rqtool.program.ir import Program
+from rqtool.train.layers import LEVEL_UNITS, ReadLayer
+from rqtool.train.rewrite import read_layers
+
+
+@torch.no_grad()
+def frozen_layer(layer: ReadLayer) -> Frozen:
+    """The integers of one layer."""
+    g, macro = layer.plan.geometry, layer.plan.macro
+    weight = layer.weight_codes().to(torch.int8).view(g.columns, g.channels // g.groups, *g.kernel).numpy()
+    adc, consts, unit = _adc(layer, macro)
+    bias = np.zeros(g.columns) if layer.bias is None else layer.bias.double().numpy()
+    return Frozen(weight, int(layer.input.zero), float(layer.input.scale), layer.weights.scale.double().numpy(), unit, bias, adc, consts)
+
+
+def _adc(layer: ReadLayer, macro: Macro) -> tuple[dict, dict[str, np.ndarray], np.ndarray]:
+    if macro.ideal:
+        return {"kind": "ideal"}, {}, np.ones(1)
+    if macro.levels == "free":
+        consts = {"thresholds": layer.thresholds.numpy().astype(np.int32), "levels": layer.levels.numpy().astype(np.int32)}
+        return {"kind": "free"}, consts, np.full(1, 1 / LEVEL_UNITS)
+    numbers = layer.adc()
+    consts = {role: getattr(numbers, role).numpy().astype(np.int32) for role in ("mult", "zero", "gain")}
+    return {"kind": "uniform", "shift": macro.shift, "top": macro.top}, consts, numbers.unit.numpy()
+
+
+@torch.no_grad()
+def norm_of(module: nn.Module) -> Norm:
+    """Batch norm in eval mode as mult and add."""
+    mult = 1 / torch.sqrt(module.running_var.double() + module.eps)
+    if module.weight is not None:
+        mult = mult * module.weight.double()
+    add = -module.running_mean.double() * mult + (0 if module.bias is None else module.bias.double())
+    return Norm(mult.numpy(), add.numpy())
+
+
+@torch.no_grad()
+def peaks_of(network: Network, batches: Iterable[torch.Tensor]) -> dict[str, float]:
+    """The largest magnitude of every value of the graph over real-valued batches."""
+    peaks: dict[str, float] = {}
+
+    def watch(name: str, value: torch.Tensor) -> None:
+        peaks[name] = max(peaks.get(name, 0.0), float(value.abs().max()))
+
+    network.eval()
+    for x in batches:
+        network(x, watch)
+    return peaks
+
+
+def freeze(network: Network, macro: Macro, batches: Iterable[torch.Tensor], pixels: Norm | None) -> Program:
+    """The integer program of a network. batches: real-valued calibration inputs, for the ranges of 16-bit grids;
+    pixels: how uint8 pixels become real inputs (None: the input is float32)."""
+    layers = {name: frozen_layer(layer) for name, layer in read_layers(network).items()}
+    norms = {n.name: norm_of(network.layer(n.name)) for n in network.graph.nodes if n.op == "batch_norm"}
+    return Freezer(network.graph, macro, layers, norms, peaks_of(network, batches)).run(pixels)

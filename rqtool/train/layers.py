@@ -1,0 +1,166 @@
+"""The ReRAM layer: a float layer's weights behind quantisers, planes, reads and the ADC, all trainable.
+
+    y = s_x * s_w[o] * (sum over planes and tiles of a_i * b_j * step * (code - zero)  -  z * sum(W)  -  offset * sum(X)) + bias
+
+The forward pass uses the very integers that freezing writes down: whole-number codes and weights, and the snapped step 2**S / M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rqtool.hardware import adc
+from rqtool.hardware.macro import Macro
+from rqtool.kernels.spec import ReadSpec, Tables, free_level_spec, make_spec, over_reads
+from rqtool.mapping.plan import Plan
+from rqtool.train.quantizers import InputQuantizer, WeightQuantizer
+from rqtool.train.reads import pad_codes, reads, split_planes, table_reads, unpadded
+from rqtool.train.relax import Relaxation, slope_tables
+
+LEVEL_UNITS = 8  # a free level is a whole number of eighths of a partial-sum unit
+
+
+def group_shape(plan: Plan) -> tuple[int, int]:
+    """(1 or T, 1 or O): who has a step of its own."""
+    return {"layer": (1, 1), "column": (1, plan.geometry.columns), "tile": (len(plan.tiles), 1)}[plan.macro.granularity]
+
+
+@dataclass(frozen=True)
+class AdcNumbers:
+    """A layer's uniform ADC as whole numbers. mult, zero, gain: int64 [1 or T, 1 or O]; unit: float64 [1 or O], partial-sum units
+    per unit of the accumulator, so that step = unit * gain (to within the snap of mult)."""
+
+    mult: torch.Tensor
+    zero: torch.Tensor
+    gain: torch.Tensor
+    unit: torch.Tensor
+
+    @property
+    def step(self) -> torch.Tensor:
+        """float64 [1 or T, 1 or O]."""
+        return self.unit.unsqueeze(0) * self.gain
+
+
+def adc_numbers(step: torch.Tensor, zero: torch.Tensor, macro: Macro) -> AdcNumbers:
+    """The one place where real steps become integers: training's forward pass and freezing both call it.
+
+    step: float64 [1 or T, 1 or O]; zero: int64 [1, 1].
+    """
+    gain = torch.ones_like(step)
+    if macro.granularity == "tile":
+        unit = step.max() / adc.MAX_GAIN
+        gain = torch.floor(step / unit + 0.5).clamp(1, adc.MAX_GAIN)
+        step, unit = gain * unit, unit.view(1)
+    mult = adc.snap(step, macro.shift)
+    if macro.granularity != "tile":
+        unit = (2.0**macro.shift / mult).view(-1)
+    return AdcNumbers(mult.long(), zero, gain.long(), unit)
+
+
+class ReadLayer(nn.Module):
+    """A layer on the macro; takes the place of model.network.Conv and has its signature.
+
+    relaxation: noise and slope of the current training step, None for hard codes (`ste`). watch(layer, codes, weights) sees the
+    padded input codes and the weights of each call. calibrating: a function that sets quantisers from the input before use.
+    """
+
+    def __init__(self, plan: Plan, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.plan, self.weight, self.bias = plan, weight, bias
+        macro, g = plan.macro, plan.geometry
+        self.input = InputQuantizer(macro.in_bits)
+        self.weights = WeightQuantizer(macro.q_w, g.columns)
+        if not macro.ideal:
+            self.log_step = nn.Parameter(torch.zeros(group_shape(plan), dtype=torch.float64), requires_grad=macro.range == "calibrated" and macro.levels == "uniform")
+            self.register_buffer("zero", torch.full((1, 1), macro.zero, dtype=torch.int64))
+            if macro.levels == "free":
+                self.register_buffer("thresholds", torch.zeros(macro.top, dtype=torch.int64))
+                self.register_buffer("levels", torch.zeros(macro.top + 1, dtype=torch.int64))
+        self.relaxation: Relaxation | None = None
+        self.watch: Callable | None = None
+        self.calibrating: Callable | None = None
+
+    # -- numbers -----------------------------------------------------------------------------------------------------
+    def weight_codes(self) -> torch.Tensor:
+        """float32 [O, K] whole numbers."""
+        return self.weights(self.weight.reshape(self.plan.geometry.columns, -1))
+
+    def adc(self) -> AdcNumbers:
+        return adc_numbers(self.log_step.detach().exp().clamp(min=1.0), self.zero, self.plan.macro)
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, O, H_out, W_out] from real-valued [N, C, H, W]."""
+        if self.calibrating:
+            self.calibrating(self, x)
+        g, macro = self.plan.geometry, self.plan.macro
+        codes = pad_codes(self.input(x), g.padding, int(self.input.zero))
+        weight = self.weight_codes()
+        if self.watch:
+            self.watch(self, codes.detach(), weight.detach())
+        y = self.exact(codes, weight) if macro.ideal else self.read(codes, weight)
+        y = y - (self.input.zero * weight.sum(1)).view(1, -1, 1, 1)
+        scale = (self.input.scale * self.weights.scale).view(1, -1, 1, 1)
+        return y * scale if self.bias is None else y * scale + self.bias.view(1, -1, 1, 1)
+
+    def exact(self, codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What an ideal ADC gives: the whole-number convolution (every sign scheme and slicing sums to it)."""
+        g = self.plan.geometry
+        return F.conv2d(codes, weight.view(g.columns, -1, *g.kernel), None, g.stride, 0, g.dilation, g.groups)
+
+    def read(self, codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The sum over planes of the reads, in partial-sum units, less the offset scheme's input sum."""
+        plan = self.plan
+        y, parts = 0, split_planes(weight, plan.weight_planes)
+        call = self._free_call() if plan.macro.levels == "free" else self._uniform_call()
+        for i, (a, x) in enumerate(zip(plan.input_planes, split_planes(codes, plan.input_planes))):
+            for j, (b, w) in enumerate(zip(plan.weight_planes, parts)):
+                y = y + a.factor * b.factor * call(x, w, i * len(parts) + j)
+        return y - plan.macro.weight_offset * self.input_sum(codes) if plan.macro.weight_offset else y
+
+    def input_sum(self, codes: torch.Tensor) -> torch.Tensor:
+        """The sum of the codes under the kernel, for every column of a group: exact, digital."""
+        g = self.plan.geometry
+        ones = codes.new_ones(g.columns if g.groups > 1 else 1, g.channels // g.groups, *g.kernel)
+        return F.conv2d(codes, ones, None, g.stride, 0, g.dilation, g.groups)
+
+    def _uniform_call(self) -> Callable:
+        numbers, macro, relax = self.adc(), self.plan.macro, self.relaxation if self.training else None
+        real = self.log_step.exp().clamp(min=1.0)
+        step = (real + (numbers.step - real).detach()).float()
+        tables = slope_tables(numbers.mult, numbers.zero, macro.shift, macro.top, relax.tau, macro.p_min, macro.p_max) if relax else None
+        tables = Tables(tables.p_min, over_rows(tables.row, self.plan), tables.slope) if tables else None
+        spec = unpadded(make_spec(self.plan, *(t.numpy() for t in (numbers.mult, numbers.zero, numbers.gain)), tables=tables))
+        unit = numbers.unit.float()
+        return lambda x, w, pair: reads(x, w, step, with_noise(spec, relax, pair), unit)
+
+    def _free_call(self) -> Callable:
+        spec = unpadded(free_spec(self.plan, self.thresholds, self.levels))
+        return lambda x, w, pair: table_reads(x, w, spec)
+
+
+def over_rows(row: np.ndarray, plan: Plan) -> np.ndarray:
+    """Table rows of [1 or T, 1 or O] groups spread to int64 [T, O]."""
+    return over_reads(row, plan).astype(np.int64)
+
+
+def with_noise(spec: ReadSpec, relax: Relaxation | None, pair: int) -> ReadSpec:
+    """The spec with the noise of one pair of planes."""
+    if relax is None:
+        return spec
+    return replace(spec, noise=Relaxation(relax.tau, relax.seed * 64 + pair).noise())
+
+
+def free_spec(plan: Plan, thresholds: torch.Tensor, levels: torch.Tensor) -> ReadSpec:
+    """Free levels as tables over p: the level in partial-sum units, and slope 1 between the end levels, 0 beyond."""
+    spec = free_level_spec(plan, thresholds.numpy(), levels.numpy())
+    value = spec.tables.value / LEVEL_UNITS
+    p = np.arange(plan.macro.p_min, plan.macro.p_max + 1, dtype=np.float32)
+    inside = ((p >= np.floor(value.min())) & (p <= np.ceil(value.max()))).astype(np.float32)
+    return replace(spec, tables=replace(spec.tables, value=value, slope=inside[None]))

@@ -1,0 +1,79 @@
+"""Differentiable reads: planes with straight-through gradients, and the fused forward and backward of kernels/."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch.nn import functional as F
+
+from rqtool.kernels import choose
+from rqtool.kernels.spec import ReadSpec
+from rqtool.mapping.planes import Plane, extract
+
+
+class _Plane(torch.autograd.Function):
+    """One plane of whole numbers q; backward hands `share` of the gradient on, so that the planes together give q its own."""
+
+    @staticmethod
+    def forward(ctx, q: torch.Tensor, plane: Plane, share: float) -> torch.Tensor:
+        ctx.share = share
+        if plane.part in ("positive", "negative"):
+            ctx.save_for_backward(q >= 0 if plane.part == "positive" else q < 0)
+        return extract(q.int(), plane).to(q.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        grad = grad * ctx.share
+        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None
+
+
+def split_planes(q: torch.Tensor, planes: tuple[Plane, ...]) -> list[torch.Tensor]:
+    """The planes of whole numbers q (float). d q = sum_j share_j * d plane_j, where share_j * factor_j sums to 1 over the
+    planes of one polarity, in proportion to the range each plane covers: with an ideal ADC the gradient of q is exact."""
+    if len(planes) == 1 and planes[0].part == "all":
+        return [q]
+    reach = {part: sum(abs(p.factor) * p.peak for p in planes if p.part == part) for part in {p.part for p in planes}}
+    return [_Plane.apply(q, p, p.peak * (1 if p.factor > 0 else -1) / reach[p.part]) for p in planes]
+
+
+class _Reads(torch.autograd.Function):
+    """sum over tiles of step * (code - zero), in partial-sum units; see kernels/ for both passes."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, spec: ReadSpec, unit: torch.Tensor) -> torch.Tensor:
+        """x [N, C, H, W] padded codes, weight [O, K], step [1 or T, 1 or O], unit [1 or O]: step = unit * gain."""
+        ctx.spec, ctx.carrier = spec, choose.for_training(x, spec)
+        ctx.save_for_backward(x, weight, step)
+        return ctx.carrier.forward(x, weight, spec) * unit.view(1, -1, 1, 1)
+
+    @staticmethod
+    def backward(ctx, gy: torch.Tensor):
+        x, weight, step = ctx.saved_tensors
+        dx, dw, dstep = ctx.carrier.backward(x, weight, ctx.spec, gy.contiguous())
+        for dim in (0, 1):
+            if step.shape[dim] == 1:
+                dstep = dstep.sum(dim, keepdim=True)
+        return dx, dw, dstep, None, None
+
+
+def pad_codes(x: torch.Tensor, padding: tuple[int, int], code: int) -> torch.Tensor:
+    """x [N, C, H, W] with `padding` positions of code `code` around it."""
+    return F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=float(code)) if any(padding) else x
+
+
+def reads(x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, spec: ReadSpec, unit: torch.Tensor) -> torch.Tensor:
+    """[N, O, H_out, W_out] in partial-sum units; x holds padded codes, `step` gets the gradient, `unit` is its plain value."""
+    return _Reads.apply(x, weight, step, spec, unit)
+
+
+def table_reads(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
+    """The same for an ADC given by value and slope tables, whose levels are not learned."""
+    one = x.new_ones(1, 1)
+    return _Reads.apply(x, weight, one, spec, x.new_ones(1))
+
+
+def unpadded(spec: ReadSpec) -> ReadSpec:
+    """The spec for an input that carries its padding already."""
+    return replace(spec, geometry=replace(spec.geometry, padding=(0, 0)))
+
