@@ -94,7 +94,8 @@ def test_the_parser_sees_the_house():
 
 
 def test_imports_point_one_way():
-    upwards = [f"{m} imports {i}" for m in trees() for i in all_imports(m) if under(i, ("rqtool",)) and floor(i) > floor(m)]
+    """`rqtool` itself runs before any of its modules, so its version is there for all of them."""
+    upwards = [f"{m} imports {i}" for m in trees() for i in all_imports(m) if i.startswith("rqtool.") and floor(i) > floor(m)]
     assert not upwards
 
 
