@@ -105,7 +105,8 @@ def summary(layer: dict) -> str:
     adc, rows = layer["adc"], layer["rows"]
     kind = "ideal ADC" if adc["kind"] == "ideal" else f"{adc['bits']}-bit {adc['kind']} ADC"
     count = len(layer["reads"]["tile"]) * (layer["columns"] // layer["geometry"]["groups"])
-    return f"{layer['layer']}: {layer['kind']}, {rows['count']} rows, {layer['columns']} columns, {rows['wordlines']} wordlines, {kind}, {count} reads per position"
+    size = f"{rows['count']} rows, {layer['columns']} columns, {rows['wordlines']} wordlines"
+    return f"{layer['layer']}: {layer['kind']}, {size}, {kind}, {count} reads per position"
 
 
 def main(arguments: list[str]) -> None:

@@ -50,17 +50,18 @@ class Builder:
         return program
 
     # -- the macro ---------------------------------------------------------------------------------------------------
-    def reads(self, x: str, geometry: Geometry, pad: int = 0, **tables: Any) -> str:
+    def reads(self, x: str, geometry: Geometry, pad: int = 0, gains: str = "small", zeros: str = "layer") -> str:
+        """gains: one, small (1..4 per tile), large (60..127 per tile) or wide (per read); zeros: layer (the code book's) or own (any)."""
         layer = f"layer{len(self.ops)}"
         plan = Plan.make(layer, geometry, self.macro)
         weight = self.rng.integers(-self.macro.q_w, self.macro.q_w + 1, (geometry.columns, geometry.channels // geometry.groups, *geometry.kernel))
-        spec, consts = self._adc(plan, **tables)
+        spec, consts = self._adc(plan, gains, zeros)
         height, width = geometry.out_size(*self.shape(x)[1:])
         attrs = {"layer": layer, "geometry": geometry.to_dict(), "pad": pad, "adc": spec}
         bound = plan.acc_bound
         return self.add("reads", [x], (geometry.columns, height, width), -bound, bound, attrs, weight=weight.astype(np.int8), **consts)
 
-    def _adc(self, plan: Plan, gains: str = "small", zeros: str = "layer") -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def _adc(self, plan: Plan, gains: str, zeros: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         macro = self.macro
         if macro.ideal:
             return {"kind": "ideal"}, {}
@@ -79,7 +80,8 @@ class Builder:
         step = np.exp(self.rng.uniform(0, np.log(full), shape))
         mult = (2 * np.floor(2.0**macro.shift / step / 2) + 1).clip(1, 2**macro.shift - 1)
         zero = np.full((1, 1), macro.zero) if zeros == "layer" else self.rng.integers(0, macro.top + 1, shape)
-        gain = {"one": np.ones((1, 1)), "small": self.rng.integers(1, 5, (shape[0], 1)), "wide": self.rng.integers(1, 128, shape)}[gains]
+        lo, hi, size = {"one": (1, 2, (1, 1)), "small": (1, 5, (shape[0], 1)), "large": (60, 128, (shape[0], 1)), "wide": (1, 128, shape)}[gains]
+        gain = self.rng.integers(lo, hi, size)
         tables = {"mult": mult, "zero": zero, "gain": gain if macro.granularity == "tile" else np.ones((1, 1))}
         return {"kind": "uniform", "shift": macro.shift, "top": macro.top}, {k: v.astype(np.int32) for k, v in tables.items()}
 
@@ -178,6 +180,7 @@ CASES: dict[str, Case] = {
     "tile_column_gains": Case(Macro(granularity="tile"), Geometry(4, 5, **SAME), gains="wide"),
     "tile_zeros": Case(Macro(granularity="tile", sign_scheme="split"), Geometry(4, 5, **SAME), gains="wide", zeros="own"),
     "tile_gains_sliced": Case(Macro(granularity="tile", cell_bits=1, dac_bits=2), Geometry(4, 5, **SAME), gains="wide"),
+    "tile_gains_beyond_8_bits": Case(Macro(granularity="tile", cell_bits=1), Geometry(4, 5, **SAME), gains="large"),
     "free_levels": Case(Macro(levels="free"), Geometry(3, 4, **SAME)),
     "free_levels_split": Case(Macro(levels="free", adc_bits=3, sign_scheme="split", wl=14), Geometry(3, 4, **SAME)),
     "ideal": Case(Macro(adc_bits=None), Geometry(3, 4, **SAME)),
@@ -188,6 +191,7 @@ CASES: dict[str, Case] = {
     "groups_uneven": Case(Macro(wl=12, granularity="tile", sign_scheme="split"), Geometry(6, 4, groups=2, **SAME), gains="wide"),
     "depthwise": Case(Macro(), Geometry(5, 5, groups=5, **SAME)),
     "depthwise_tile": Case(Macro(wl=4, granularity="tile"), Geometry(4, 8, groups=4, **SAME), gains="wide"),
+    "depthwise_own_gains": Case(Macro(wl=4, granularity="tile"), Geometry(4, 4, groups=4, **SAME), gains="wide"),
     "strided": Case(Macro(wl=25), Geometry(2, 3, (5, 5), (2, 3), (2, 1)), (9, 11)),
     "dilated": Case(Macro(), Geometry(3, 4, (3, 3), (1, 2), (2, 0), (2, 1)), (7, 6)),
     "conv1d": Case(Macro(wl=6), Geometry(4, 3, (1, 3), padding=(0, 1), kind="conv1d"), (1, 9)),
@@ -201,7 +205,7 @@ def layer_program(case: Case, seed: int = 0) -> Program:
     """uint8 input codes "x" -> one reads layer -> int32 accumulators."""
     b = Builder(case.macro, seed)
     x = b.input((case.geometry.channels, *case.size), 0, case.macro.q_x)
-    return b.program(b.reads(x, case.geometry, case.pad, **({} if case.macro.ideal or case.macro.levels == "free" else {"gains": case.gains, "zeros": case.zeros})))
+    return b.program(b.reads(x, case.geometry, case.pad, case.gains, case.zeros))
 
 
 def random_layer(seed: int) -> Program:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rqtool.export.onnx import to_onnx
 from rqtool.export.schema import FORMAT, SCHEMA, validate_schema
 from rqtool.export.validate import validate
 from rqtool.export.vectors import AXES, hex_words, write_vectors
-from rqtool.export.verify import LEVELS, Report, compare, session, verify, with_all_tensors
+from rqtool.export.verify import LEVELS, Report, compare, session, verify, verify_file, with_all_tensors
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
 from rqtool.mapping.plan import Geometry
@@ -76,7 +77,11 @@ def test_whole_networks_are_exact(seed: int, floats: bool) -> None:
     assert_equal(network(seed, floats=floats), BODIES[seed % 2], n=3)
 
 
-def one_op(kind: str, x: np.ndarray, bounds: tuple[int | None, int | None], out: tuple[tuple[int, ...], int, int], attrs: dict[str, Any], **consts: Any) -> np.ndarray:
+Bounds = tuple[int | None, int | None]
+Out = tuple[tuple[int, ...], int, int]  # shape, lo, hi
+
+
+def one_op(kind: str, x: np.ndarray, bounds: Bounds, out: Out, attrs: dict[str, Any], **consts: Any) -> np.ndarray:
     """What a program of one operation gives for one sample x, after golden, onnxruntime and onnx.reference agreed."""
     name, (shape, lo, hi) = "op", out
     tensors = {"x": Tensor("x", x.shape, *bounds), "y": Tensor("y", shape, lo, hi)}
@@ -124,9 +129,14 @@ def test_the_documented_read_and_addition() -> None:
 def test_windows_that_lie_in_the_padding() -> None:
     """The kernel's taps can step over a small image: the padding then gives the lower bound, and 0 to a sum."""
     pool = {"kernel": [2, 2], "stride": [1, 1], "padding": [[1, 1], [1, 1]]}
-    for lo, dtype in ((0, "uint8"), (-7, "int32")):
+    for lo, dtype in ((0, "uint8"), (3, "uint8"), (-7, "int32")):
         top = one_op("maxpool", np.full((1, 2, 2), 5), (lo, 9), ((1, 1, 1), lo, 9), {**pool, "dilation": [3, 3]})
         assert top.item() == lo, dtype
+
+
+def test_a_shift_beyond_31_leaves_the_sign() -> None:
+    shifted = one_op("requant", np.array([-9, -1, 0, 9]), (-9, 9), ((4,), -5, 5), {"shift": 40, "lo": -5, "hi": 5}, add=[0], mult0=[1000])
+    assert shifted.tolist() == [-1, -1, 0, 0]
 
 
 def test_a_tensor_of_another_type_is_cast() -> None:
@@ -150,12 +160,14 @@ def test_the_body_follows_from_the_adc() -> None:
     assert "ConvInteger" in body_of("kernel_per_read", "explicit") and "QLinearConv" not in body_of("kernel_per_read", "explicit")
     assert "Gather" in body_of("tile_across_channels")
     assert "ReduceSum" in body_of("tile_column_gains") and "QLinearConv" in body_of("tile_column_gains")
+    assert "MatMulInteger" not in body_of("tile_gains_beyond_8_bits") and "MatMulInteger" in body_of("tile_gains")
     for case in ("column_zeros", "tile_zeros", "free_levels", "ideal"):
         assert "QLinearConv" not in body_of(case), case
     assert "Pad" in body_of("padded_with_a_code")
     assert body_of("bit_serial").count("QLinearConv") == 4
     assert "Clip" not in body_of("adc_8_bit")
-    assert onnx.TensorProto.INT64 in [a.i for n in to_onnx(layer_program(CASES["eight_bits"]), "explicit").functions[0].node for a in n.attribute if a.name == "to"]
+    wide = to_onnx(layer_program(CASES["eight_bits"]), "explicit").functions[0]
+    assert onnx.TensorProto.INT64 in [a.i for n in wide.node for a in n.attribute if a.name == "to"]
 
 
 def test_cells_are_uint8_where_two_products_could_saturate() -> None:
@@ -196,6 +208,15 @@ def test_refusals_of_to_onnx() -> None:
     with pytest.raises(InputError) as e:
         to_onnx(program)
     assert str(e.value) == "layer0: its input reaches 0..200, but the macro drives codes 0..15; requantise the input first or raise --in-bits"
+    b = Builder(Macro(), 0)
+    wide = b.pool("sumpool", b.input((2, 3, 3), 0, 255), (3, 3), (1, 1), [[0, 0], [0, 0]])
+    with pytest.raises(InputError, match="^xsum1: sums of input codes need a uint8 tensor, not int32; requantise the input first$"):
+        to_onnx(b.program(b.xsum(wide, Geometry(2, 2))))
+    b = Builder(Macro(), 0)
+    twice = b.program(b.requant([b.requant([b.input((2, 3, 3), 0, 255)], 0, 15)], 0, 15))
+    renamed = Program(twice.macro, "x", twice.output, twice.tensors, tuple(replace(op, name="a") for op in twice.ops), twice.constants)
+    with pytest.raises(InputError, match="^the integer program has 2 operations called 'a'; make the file again$"):
+        to_onnx(renamed)
 
 
 # -- metadata ----------------------------------------------------------------------------------------------------------------
@@ -277,7 +298,7 @@ def test_documented_names_are_the_ones_in_the_file() -> None:
     sections = {name: part for part in text.split("\n## ")[1:] for name in part.splitlines()[0].split(", ")}
     models = [to_onnx(network(0, floats=f), b) for f in (False, True) for b in BODIES] + [to_onnx(layer_program(c)) for c in CASES.values()]
     functions = [f for m in models for f in m.functions]
-    assert {f.name.split("_")[0] for f in functions} == {"ReConv", "ReLinear", "Requant", "RequantAdd", "Quantize", "InputSum", "GlobalSumPool", "SumPool", "WindowMax"}
+    assert {f.name.split("_")[0] for f in functions} == set(sections) - {"How a file is proved"}
     for f in functions:
         for word in [*f.input, *f.attribute, *f.output]:
             assert f"`{word}`" in sections[f.name.split("_")[0]], (f.name, word)
@@ -346,6 +367,19 @@ def rehash(doc: dict[str, Any], model: onnx.ModelProto) -> None:
     doc["constants"] = {n: metadata.sha256(a) for n, a in metadata.constants_of(model).items()}
 
 
+def thresholds(doc: dict[str, Any]) -> list[int]:
+    return doc["layers"][0]["adc"]["steps"]["thresholds"][0]
+
+
+def reads(doc: dict[str, Any]) -> dict[str, list[Any]]:
+    return doc["layers"][0]["reads"]
+
+
+def no_copies(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+
+
 TAIL = "; the file is not what rqtool export wrote, export it again"
 ATTRIBUTES = "acc_shape, adc_shift, adc_top, dilations, group, {}pads, reads_shape, strides"
 
@@ -372,15 +406,15 @@ def test_a_changed_graph_is_refused(change: Any, sentence: str) -> None:
     ("change", "sentence"),
     [
         (lambda d: d["constants"].update(gone="0" * 64), "initializer gone is only in the metadata"),
-        (lambda d: d["layers"][0]["adc"]["steps"]["thresholds"][0].__setitem__(3, 7), "layer0: the thresholds in the metadata do not follow from mult, shift and zero"),
+        (lambda d: thresholds(d).__setitem__(3, 7), "layer0: the thresholds in the metadata do not follow from mult, shift and zero"),
         (lambda d: d["layers"][0]["weight"].update(sha256="0" * 64), "layer0: its cells are not the tensor that the metadata names"),
         (lambda d: d["layers"][0]["acc"].update(tensor="z"), "layer0: its node reads x and writes reads0.out, not x and z"),
         (lambda d: d["layers"][0]["adc"].update(step_of=[[5]]), "layer0: the metadata contradicts itself (index 5 is out of bounds for axis 0 with size 1)"),
-        (lambda d: d["layers"][0]["reads"].update(p_max=[1 << 40]), "layer0: its partial sums, -945..1099511627776, are beyond what float32 keeps exact at shift 15"),
+        (lambda d: reads(d).update(p_max=[1 << 40]), "layer0: its partial sums, -945..1099511627776, are beyond what float32 keeps exact at shift 15"),
     ],
 )
 def test_a_changed_document_is_refused(change: Any, sentence: str) -> None:
-    model = changed(lambda m: m.graph.node[0].ClearField("metadata_props"), doc_change=change)
+    model = changed(no_copies, doc_change=change)
     with pytest.raises(CheckError) as e:
         validate(model)
     assert str(e.value) == sentence + TAIL
@@ -417,7 +451,7 @@ def test_models_that_rqtool_did_not_write() -> None:
 
 
 def test_node_copies_may_be_lost() -> None:
-    validate(changed(lambda m: [n.ClearField("metadata_props") for n in m.graph.node], network(0)))
+    validate(changed(no_copies, network(0)))
 
 
 # -- verify ------------------------------------------------------------------------------------------------------------------
@@ -453,8 +487,15 @@ def test_verify_names_the_first_tensor_that_differs() -> None:
 
 def test_verify_replays_the_metadata() -> None:
     program = layer_program(CASES["split"])
-    model = changed(lambda m: m.graph.node[0].ClearField("metadata_props"), program, lambda d: d["layers"][0]["reads"]["row_stop"].__setitem__(1, 7))
-    with pytest.raises(CheckError, match=r"^metadata of layer0, tile 0, columns 0\.\.3: partial sum differs from the definition at \d+ of 120 integers, first at "):
+    model = changed(no_copies, program, lambda d: reads(d)["row_stop"].__setitem__(1, 7))
+    with pytest.raises(CheckError, match=r"^metadata of layer0, tile 0, columns 0\.\.3: partial sum differs from the definition at \d+ of 120 integers"):
+        verify(model, program, images(program, 1), batches=(1,), levels=("all",))
+
+
+def test_verify_replays_free_thresholds() -> None:
+    program = layer_program(CASES["free_levels"])
+    model = changed(None, program, lambda d: d["layers"][0]["adc"].update(thresholds=[-9] * 15))
+    with pytest.raises(CheckError, match=r"^metadata of layer0, tile 0, columns 0\.\.3: code differs from the definition at \d+ of 120 integers, first at "):
         verify(model, program, images(program, 1), batches=(1,), levels=("all",))
 
 
@@ -462,7 +503,8 @@ def test_verify_refuses_another_program_or_other_images() -> None:
     program = layer_program(CASES["kernel_per_read"])
     with pytest.raises(CheckError, match=r"^the file was exported from another program \(their sha256 differ\); export this one again$"):
         verify(to_onnx(program), layer_program(CASES["kernel_per_read"], seed=9), images(program, 1))
-    for x, found in ((images(program, 1)[:, :3], "1 of uint8 [3, 5, 6]"), (images(program, 0), "0 of uint8 [4, 5, 6]"), (images(program, 1) * 1.0, "1 of float64 [4, 5, 6]")):
+    one = images(program, 1)
+    for x, found in ((one[:, :3], "1 of uint8 [3, 5, 6]"), (one[:0], "0 of uint8 [4, 5, 6]"), (one * 1.0, "1 of float64 [4, 5, 6]")):
         with pytest.raises(InputError) as e:
             verify(to_onnx(program), program, x)
         assert str(e.value) == f"the program takes images of uint8 [4, 5, 6], and at least one, not {found}; give what the model was made for"
@@ -474,6 +516,33 @@ def test_compare_says_where() -> None:
         compare("a", np.array([1, 3]), np.array([1, 2]))
     with pytest.raises(CheckError, match=r"^a has the shape \[1\], not \[2\]; please report this as a bug$"):
         compare("a", np.array([1]), np.array([1, 2]))
+
+
+@pytest.mark.parametrize("case", ["serial_and_sliced", "free_levels", "ideal", "groups_uneven", "padded_serial"])
+def test_a_file_is_verified_without_its_program(case: str) -> None:
+    program = layer_program(CASES[case])
+    assert verify_file(to_onnx(program), images=2) == 2 * 2 * np.prod(program.tensors[program.output].shape)
+
+
+def test_a_network_is_verified_without_its_program() -> None:
+    for floats in (False, True):
+        program = network(1, floats=floats)
+        reads = [op.output for op in program.reads()]
+        assert verify_file(to_onnx(program, "explicit")) == 2 * sum(int(np.prod(program.tensors[name].shape)) for name in reads)
+
+
+def test_a_changed_function_is_found_without_the_program() -> None:
+    def swap(model: onnx.ModelProto) -> None:
+        conv = next(n for n in model.functions[0].node if n.op_type == "QLinearConv")
+        conv.input[2] = next(n.output[0] for n in model.functions[0].node if n.output[0] == "zero_code")
+
+    with pytest.raises(CheckError, match=r"^onnxruntime, optimisation level disabled: tensor reads0.out differs from the definition at \d+ of 150 integers"):
+        verify_file(changed(swap))
+    sentence = r"the metadata of layer0 contradicts itself \(.+\); export the file again"
+    with pytest.raises(CheckError, match=f"^{sentence}$"):
+        verify_file(changed(no_copies, doc_change=lambda d: reads(d)["tile"].__setitem__(3, 9)))
+    with pytest.raises(CheckError, match="^layer0: the tensor reads0/levels is not the levels of the metadata;"):
+        verify_file(changed(no_copies, layer_program(CASES["free_levels"]), lambda d: d["layers"][0]["adc"].update(levels=[0] * 16)))
 
 
 # -- vectors -----------------------------------------------------------------------------------------------------------------

@@ -124,7 +124,10 @@ def test_numpy_and_torch_equal_the_exact_rationals(group: Group) -> None:
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------------
-def run_everywhere(body: Body, inputs: dict[str, np.ndarray], outputs: dict[str, int], rank: int, initializers: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+Arrays = dict[str, np.ndarray]
+
+
+def run_everywhere(body: Body, inputs: Arrays, outputs: dict[str, int], rank: int, initializers: Arrays) -> list[Arrays]:
     """The outputs by name from onnxruntime at each optimisation level and from onnx.reference."""
     ends = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in inputs.items()]
     results = [helper.make_tensor_value_info(n, kind, [None] * rank) for n, kind in outputs.items()]

@@ -157,7 +157,8 @@ def _reads(layout: Layout) -> dict[str, list[Any]]:
         for i, a in enumerate(plan.input_planes):
             for j, b in enumerate(plan.weight_planes):
                 lo, hi = plan.p_bounds(i, j)
-                rows += [(t, i, j, g, b.part, b.shift, a.factor * b.factor, start, stop, g * width, (g + 1) * width, lo, hi) for g in range(layout.geometry.groups)]
+                for g in range(layout.geometry.groups):
+                    rows.append((t, i, j, g, b.part, b.shift, a.factor * b.factor, start, stop, g * width, (g + 1) * width, lo, hi))
     names = ("tile", "serial", "plane", "group", "polarity", "slice", "factor", "row_start", "row_stop", "col_start", "col_stop", "p_min", "p_max")
     return {name: list(column) for name, column in zip(names, zip(*rows))}
 

@@ -13,13 +13,14 @@ Every tensor of the program keeps its name, type and integers. docs/onnx.md has 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper
 
-from rqtool.errors import ConfigError, escaped, suggestion
+from rqtool.errors import ConfigError, InputError, escaped, suggestion
 from rqtool.export import metadata
 from rqtool.export.bodies import CONV_ATTRIBUTES, write_reads
 from rqtool.export.emit import DOMAIN, DOMAIN_VERSION, DTYPES, IR_VERSION, OPSET, Body, Int, Library, Ref
@@ -87,6 +88,8 @@ def _reads(graph: Graph, op: Op) -> Value:
 
 def _xsum(graph: Graph, op: Op) -> Value:
     """Sums of input codes by a ConvInteger with ones, one channel per group, repeated for the columns of the group."""
+    if graph.tensor(op.inputs[0]).dtype != "uint8":
+        raise InputError(f"{escaped(op.name)}: sums of input codes need a uint8 tensor, not {graph.tensor(op.inputs[0]).dtype}; requantise the input first")
     g, body = Geometry.from_dict(op.attrs["geometry"]), Body(given=XY)
     (ph, pw), columns = g.padding, op.attrs["columns"]
     x = body.node("Pad", "x", body.shape("code_pads"), body.attribute("pad_code", TensorProto.UINT8), out="padded")
@@ -230,12 +233,21 @@ def to_onnx(program: Program, body: str = "qlinear") -> ModelProto:
     if body not in FORMS:
         raise ConfigError(f"--body {escaped(body)} is not known; {suggestion(str(body), FORMS)}")
     check(program)
+    _refuse_shared_names(program)
     graph = Graph(program, body)
     for op in program.ops:
         graph.add(op)
     model = _model(graph)
     metadata.attach(model, metadata.document(program, body, graph.layouts, graph.initializers))
     return model
+
+
+def _refuse_shared_names(program: Program) -> None:
+    """Nodes and their constants are found by the names of operations."""
+    names = Counter(op.name for op in program.ops)
+    for name, count in names.items():
+        if count > 1:
+            raise InputError(f"the integer program has {count} operations called '{escaped(name)}'; make the file again")
 
 
 def value_info(tensor: Tensor) -> Any:

@@ -53,7 +53,8 @@ WEIGHT = _record(
     offset=NATURAL, zero_point=NATURAL, span=POSITIVE, first_channel=_list(NATURAL, minItems=1), planes=WEIGHT_PLANES, sha256=SHA256,
 )  # fmt: skip
 STEPS = _record(
-    mult=_list(POSITIVE, minItems=1), zero=_list(CODE), thresholds=_list(_list(INTEGER)), clip_lo=_list(INTEGER), clip_hi=_list(INTEGER), step=_list({"type": "number"}),
+    mult=_list(POSITIVE, minItems=1), zero=_list(CODE), thresholds=_list(_list(INTEGER)),
+    clip_lo=_list(INTEGER), clip_hi=_list(INTEGER), step=_list({"type": "number"}),
 )  # fmt: skip
 ADC = _record(
     kind={"type": "string", "enum": ["uniform", "free", "ideal"]}, bits=_maybe(POSITIVE), codebook=_maybe(TEXT), shift=_maybe(SHIFT), top=_maybe(CODE),

@@ -97,6 +97,8 @@ def _check_layer(doc: dict[str, Any], layer: dict[str, Any], node: NodeProto, co
         differs(f"{name}: its node reads {node.input[0]} and writes {node.output[0]}, not {layer['input']['tensor']} and {layer['acc']['tensor']}")
     if layer["adc"]["kind"] == "uniform":
         _check_uniform(layer, node, constants)
+    if layer["adc"]["kind"] == "free" and layer["adc"]["levels"] != constants[f"{layer['node']}/levels"].tolist():
+        differs(f"{name}: the tensor {layer['node']}/levels is not the levels of the metadata")
 
 
 def _check_uniform(layer: dict[str, Any], node: NodeProto, constants: dict[str, np.ndarray]) -> None:

@@ -16,7 +16,6 @@ from onnx import ModelProto
 
 from rqtool.errors import CheckError, InputError, escaped
 from rqtool.export import metadata, replay
-from rqtool.export.onnx import value_info
 from rqtool.export.validate import enumerated, validate
 from rqtool.program import golden
 from rqtool.program.ir import Op, Program
@@ -42,8 +41,9 @@ class Report:
 
     def describe(self) -> str:
         """One sentence for people."""
+        batches = ", ".join(map(str, self.batches))
         return (
-            f"{self.integers} integers of {self.tensors} tensors equal at {len(self.levels)} optimisation levels and batch {', '.join(map(str, self.batches))}; "
+            f"{self.integers} integers of {self.tensors} tensors equal at {len(self.levels)} optimisation levels and batch {batches}; "
             f"{self.codes} codes enumerated; {self.reads} reads replayed from the metadata"
         )
 
@@ -60,25 +60,67 @@ def verify(model: ModelProto, program: Program, x: np.ndarray, batches: Sequence
         raise CheckError("the file was exported from another program (their sha256 differ); export this one again")
     want = golden.run(program, x)
     views = (model, with_all_tensors(program, model))
-    integers = sum(_compare_run(view, program, x, want, batch, level) for level in levels for view in views for batch in batches)
-    reads = sum(_compare_replay(layer, model, program, op, want) for layer, op in zip(doc["layers"], program.reads()))
+    integers = sum(_compare_runs(view, program, x, want, batches, level) for level in levels for view in views)
+    constants = metadata.constants_of(model)
+    reads = sum(_compare_replay(layer, constants, program, op, want) for layer, op in zip(doc["layers"], program.reads()))
     codes = sum(enumerated(layer) for layer in doc["layers"])
     return Report(len(x), tuple(levels), tuple(batches), len(program.ops), integers, codes, reads)
+
+
+def verify_file(model: ModelProto, images: int = 1, seed: int = 0) -> int:
+    """How many accumulators of a file agree with its own metadata on random images, without the program it came from.
+
+    onnxruntime runs the graph, unoptimised and fully optimised; the metadata alone must give the same accumulators for the input
+    codes that each layer got. Raises as `validate` does, and CheckError with the first accumulator that differs.
+    """
+    doc = validate(model)
+    constants, x = metadata.constants_of(model), _random_images(doc["input"], images, seed)
+    names = sorted({layer[end]["tensor"] for layer in doc["layers"] for end in ("input", "acc")} - {doc["input"]["tensor"]})
+    count = 0
+    for level in ("disabled", "all"):
+        values = dict(zip(names, session(_with_outputs(model, names), level).run(names, {doc["input"]["tensor"]: x})))
+        values[doc["input"]["tensor"]] = x
+        for layer in doc["layers"]:
+            name = layer["acc"]["tensor"]
+            compare(f"onnxruntime, optimisation level {level}: tensor {name}", values[name], _replayed(layer, constants, values))
+            count += values[name].size
+    return count
+
+
+def _replayed(layer: dict[str, Any], constants: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> np.ndarray:
+    try:
+        return replay.accumulators(layer, constants, values[layer["input"]["tensor"]])
+    except (LookupError, TypeError, ValueError) as e:
+        raise CheckError(f"the metadata of {escaped(layer['layer'])} contradicts itself ({escaped(e)}); export the file again") from e
+
+
+def _random_images(spec: dict[str, Any], images: int, seed: int) -> np.ndarray:
+    rng, shape = np.random.default_rng(seed), (images, *spec["shape"])
+    if spec["dtype"] == "float32":
+        return rng.normal(0, 1, shape).astype(np.float32)
+    return rng.integers(spec["lo"], spec["hi"] + 1, shape).astype(spec["dtype"])
+
+
+def _with_outputs(model: ModelProto, names: list[str]) -> ModelProto:
+    """A copy of the model that also returns the tensors `names`."""
+    full = ModelProto()
+    full.CopyFrom(model)
+    present = {o.name for o in full.graph.output}
+    full.graph.output.extend(v for v in model.graph.value_info if v.name in names and v.name not in present)
+    return full
 
 
 def check_images(program: Program, x: np.ndarray) -> None:
     """Raise InputError where x is not a batch of what the program takes."""
     t = program.tensors[program.input]
     if len(x) == 0 or x.shape[1:] != t.shape or x.dtype != t.dtype:
-        raise InputError(f"the program takes images of {t.dtype} {list(t.shape)}, and at least one, not {len(x)} of {x.dtype} {list(x.shape[1:])}; give what the model was made for")
+        given = f"{len(x)} of {x.dtype} {list(x.shape[1:])}"
+        raise InputError(f"the program takes images of {t.dtype} {list(t.shape)}, and at least one, not {given}; give what the model was made for")
 
 
 def with_all_tensors(program: Program, model: ModelProto) -> ModelProto:
     """A copy of the model that returns every tensor of the program, the output first."""
-    full = ModelProto()
-    full.CopyFrom(model)
-    full.graph.output.extend(value_info(program.tensors[op.output]) for op in program.ops if op.output != program.output)
-    return full
+    return _with_outputs(model, [op.output for op in program.ops])
 
 
 def session(model: ModelProto, level: str) -> onnxruntime.InferenceSession:
@@ -89,22 +131,22 @@ def session(model: ModelProto, level: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _compare_run(model: ModelProto, program: Program, x: np.ndarray, want: dict[str, np.ndarray], batch: int, level: str) -> int:
-    """The integers compared in one run."""
-    chosen = np.arange(batch) % len(x)
-    names = [o.name for o in model.graph.output]
-    values = session(model, level).run(names, {program.input: x[chosen]})
-    for name, value in zip(names, values):
-        compare(f"onnxruntime, optimisation level {level}, batch {batch}: tensor {name}", value, want[name][chosen])
-    return sum(value.size for value in values)
+def _compare_runs(model: ModelProto, program: Program, x: np.ndarray, want: dict[str, np.ndarray], batches: Sequence[int], level: str) -> int:
+    """The integers compared in one run per batch, all in one session."""
+    names, runtime, count = [o.name for o in model.graph.output], session(model, level), 0
+    for batch in batches:
+        chosen = np.arange(batch) % len(x)
+        for name, value in zip(names, runtime.run(names, {program.input: x[chosen]})):
+            compare(f"onnxruntime, optimisation level {level}, batch {batch}: tensor {name}", value, want[name][chosen])
+            count += value.size
+    return count
 
 
-def _compare_replay(layer: dict[str, Any], model: ModelProto, program: Program, op: Op, want: dict[str, np.ndarray]) -> int:
+def _compare_replay(layer: dict[str, Any], constants: dict[str, np.ndarray], program: Program, op: Op, want: dict[str, np.ndarray]) -> int:
     """The reads of a layer compared, as the metadata describes them, on the first image."""
     x, count = want[op.inputs[0]][:1], 0
-    entries: Iterable[replay.Entry] = replay.entries(layer, metadata.constants_of(model), x)
     acc = np.zeros_like(want[op.output][:1])
-    for read, entry in zip(_by_group(golden.each_read(program, op, x)), entries, strict=True):
+    for read, entry in zip(_by_group(golden.each_read(program, op, x)), replay.entries(layer, constants, x), strict=True):
         what = f"metadata of {layer['layer']}, tile {entry.tile}, columns {entry.columns[0]}..{entry.columns[1] - 1}"
         compare(f"{what}: partial sum", entry.p, read[0])
         compare(f"{what}: code", entry.code, read[1])
