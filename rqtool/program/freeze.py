@@ -150,9 +150,9 @@ class Freezer:
         return self.values[name]
 
     # -- walking ---------------------------------------------------------------------------------------------------------
-    def run(self, pixels: Norm | None) -> Program:
-        """The program; pixels: real = pixel * mult + add for uint8 inputs, None for float32 inputs."""
-        self.values[self.graph.input] = self._input(pixels)
+    def run(self, pixels: Norm, whole: bool) -> Program:
+        """The program; pixels: real = pixel * mult + add; whole: the input is uint8, not float32."""
+        self.values[self.graph.input] = self._input(pixels, whole)
         for node in self.graph.nodes:
             value = LOWER[node.op](self, node)
             self.values[node.name] = value
@@ -160,16 +160,16 @@ class Freezer:
                 self.having(node.name, lambda v: v.single)
         return self._finish()
 
-    def _input(self, pixels: Norm | None) -> Value:
+    def _input(self, pixels: Norm, whole: bool) -> Value:
         shape, name = self.graph.input_shape, self.graph.input
-        if pixels is not None:
-            self.tensors[name] = Tensor(name, shape, 0, 255)
-            return Value(((name, per_channel(pixels.mult, len(shape))),), per_channel(pixels.add, len(shape)), shape)
-        self.tensors[name] = Tensor(name, shape, None, None)
-        scale = _dyadic(self.peaks[name], GRID_PEAK)
-        exponent = -int(np.log2(scale))
-        tensor = self.emit("quantize", f"{name}.grid", (name,), shape, -GRID_PEAK, GRID_PEAK, {"exponent": exponent, "lo": -GRID_PEAK, "hi": GRID_PEAK})
-        return _grid(tensor, scale, shape)
+        mult, add = (per_channel(a, len(shape)) for a in (pixels.mult, pixels.add))
+        self.tensors[name] = Tensor(name, shape, 0, 255) if whole else Tensor(name, shape, None, None)
+        if whole:
+            return Value(((name, mult),), add, shape)
+        scale = _dyadic((self.peaks[name] + np.abs(add).max()) / np.abs(mult).min(), GRID_PEAK)
+        attrs = {"exponent": -int(np.log2(scale)), "lo": -GRID_PEAK, "hi": GRID_PEAK}
+        tensor = self.emit("quantize", f"{name}.grid", (name,), shape, -GRID_PEAK, GRID_PEAK, attrs)
+        return Value(((tensor, mult * scale),), add, shape)
 
     def _finish(self) -> Program:
         value, name = self.values[self.graph.output], self.graph.output

@@ -61,9 +61,9 @@ def peaks_of(network: Network, batches: Iterable[torch.Tensor]) -> dict[str, flo
     return peaks
 
 
-def freeze(network: Network, macro: Macro, batches: Iterable[torch.Tensor], pixels: Norm | None) -> Program:
-    """The integer program of a network. batches: real-valued calibration inputs, for the ranges of 16-bit grids;
-    pixels: how uint8 pixels become real inputs (None: the input is float32)."""
+def freeze(network: Network, macro: Macro, peaks: dict[str, float], pixels: Norm, whole: bool) -> Program:
+    """The integer program of a network. peaks: as from `peaks_of` on calibration images, for the ranges of the grids;
+    pixels: real = pixel * mult + add; whole: pixels are uint8, not float32."""
     layers = {name: frozen_layer(layer) for name, layer in read_layers(network).items()}
     norms = {n.name: norm_of(network.layer(n.name)) for n in network.graph.nodes if n.op == "batch_norm"}
-    return Freezer(network.graph, macro, layers, norms, peaks_of(network, batches)).run(pixels)
+    return Freezer(network.graph, macro, layers, norms, peaks).run(pixels, whole)

@@ -1,0 +1,469 @@
+"""The public functions: each command of the shell is one call of one of these.
+
+    quantize      a trained float model -> a .rq file, and the closing figures
+    evaluate      a .rq file -> top-1 of its integer program
+    export_onnx   a .rq file -> an ONNX file, proved equal bit for bit
+    plan          a model or .rq file -> tiles, reads, cycles; no data needed
+    inspect       any file rqtool reads -> what it holds; nothing in it is executed
+    presets       the macros that have a name
+    run_demo      the whole job on an embedded model and data set
+
+Results are dataclasses of plain data with `to_json()`. A `progress` has one method, `stage(name, total)`: a context manager that
+gives a function to call with the number of units done and a note.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rqtool import checkpoint
+from rqtool.checkpoint import Checkpoint
+from rqtool.errors import CheckError, ConfigError, InputError, escaped
+from rqtool.hardware import macro as macros
+from rqtool.hardware.macro import Macro
+from rqtool.mapping.plan import Plan
+from rqtool.model.capture import capture
+from rqtool.model.data import Data, Images, Preprocess, held_out, load_data, subset
+from rqtool.model.graph import Graph
+from rqtool.model.load import load_model
+from rqtool.model.network import Network
+from rqtool.model.zoo import ZOO
+from rqtool.program.freeze import Norm
+from rqtool.program.ir import Program
+from rqtool.storage import check_writable, write_atomic
+from rqtool.train.calibrate import calibrate
+from rqtool.train.finetune import Candidate, Feed, Recipe, consider_norms, finetune, steps_per_epoch, top1
+from rqtool.train.frozen import freeze, peaks_of
+from rqtool.train.measure import layer_table, percent, predictions, real_predictions
+from rqtool.train.rewrite import plans, read_layers, rewrite
+
+HELD_OUT_PEAK = 5000
+TABLE_IMAGES = 128  # images behind clip rates
+
+
+class Silent:
+    """A progress that says nothing."""
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        yield lambda n=1, note="": None
+
+
+# -- results ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` found. top-1 in percent of `images` images; `measured_on` is "test" or "held-out".
+
+    float: the model as it came. ptq: calibrated, not trained. tuned: after `recipe.epochs` epochs, the integer program that was
+    saved. ideal: the twin with an ideal ADC, trained equally long. agreement: percent of images on which the integer program and
+    the float arithmetic of training name the same class.
+    """
+
+    out: str | None
+    macro: Macro
+    recipe: Recipe
+    float_top1: float
+    ptq_top1: float
+    tuned_top1: float
+    ideal_top1: float | None
+    agreement: float
+    images: int
+    measured_on: str
+    train_images: int
+    held_out_images: int
+    chosen: str
+    layers: list[dict[str, Any]]
+    seconds: float
+    islands: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> float | None:
+        """Points of top-1 that the ADC costs: ideal twin minus tuned."""
+        return None if self.ideal_top1 is None else self.ideal_top1 - self.tuned_top1
+
+    @property
+    def reads_per_mac(self) -> float:
+        return sum(row["reads"] for row in self.layers) / sum(row["macs"] for row in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        metrics = {"float_top1": self.float_top1, "ptq_top1": self.ptq_top1, "tuned_top1": self.tuned_top1, "ideal_top1": self.ideal_top1}
+        metrics |= {"adc_loss": self.loss, "agreement": self.agreement, "images": self.images, "reads_per_mac": self.reads_per_mac}
+        return {
+            "command": "quantize", "out": self.out, "macro": self.macro.to_dict(), "recipe": self.recipe.to_dict(), "metrics": metrics,
+            "measured_on": self.measured_on, "train_images": self.train_images, "held_out_images": self.held_out_images, "chosen": self.chosen,
+            "fully_integer": not self.islands, "islands": list(self.islands), "layers_off_macro": [], "layers": self.layers, "seconds": self.seconds,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Top-1 in percent of `images` images by the integer program; adc is "real" or "ideal"."""
+
+    source: str
+    top1: float
+    images: int
+    adc: str
+    measured_on: str
+    macro: Macro
+    seconds: float
+    fast: dict[str, bool]
+
+    def to_json(self) -> dict[str, Any]:
+        metrics = {"top1": self.top1, "images": self.images}
+        about = {"adc": self.adc, "measured_on": self.measured_on, "macro": self.macro.to_dict(), "seconds": self.seconds, "fused_layers": self.fast}
+        return {"command": "eval", "source": self.source, "metrics": metrics, **about}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file and what was proved of it (None where it was not verified)."""
+
+    source: str
+    out: str
+    body: str
+    bytes: int
+    report: dict[str, Any] | None
+    vectors: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"command": "export", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Rows of Plan.cost for one image, layer by layer, and their sums."""
+
+    source: str
+    macro: Macro
+    input_shape: tuple[int, ...]
+    layers: list[dict[str, Any]]
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        sums = {key: sum(row[key] for row in self.layers) for key in ("tiles", "macs", "reads", "cycles")}
+        return sums | {"reads_per_mac": sums["reads"] / sums["macs"]}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"command": "plan", "source": self.source, "macro": self.macro.to_dict(), "input_shape": list(self.input_shape), "layers": self.layers, "totals": self.totals}
+
+
+# -- quantize --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Job:
+    """The inputs of one quantization, read and checked. pixels: real = pixel * mult + add; whole: pixels are uint8."""
+
+    network: Network
+    train: Feed
+    held: Feed
+    test: Feed
+    measured_on: str
+    preprocess: Preprocess
+    pixels: Norm
+    whole: bool
+    classes: int
+
+
+def quantize(
+    model: str | Path | nn.Module,
+    data: str | Data,
+    macro: Macro | None = None,
+    *,
+    arch: str | None = None,
+    out: str | Path | None = None,
+    recipe: Recipe | None = None,
+    preprocess: Preprocess | None = None,
+    twin: bool = True,
+    force: bool = False,
+    progress: Any = None,
+) -> Quantized:
+    """Rewrite a trained model for a macro, calibrate it, fine-tune it through the ADC, measure it, and save it to `out` (if given).
+
+    model: a file, a built-in name or a torch module (it is not changed). data: as `load_data` reads it; needs training images.
+    twin: also train the ideal-ADC twin equally long, which shows what the ADC alone costs. Raises RqError's kinds.
+    """
+    started, macro, recipe, progress = time.monotonic(), macro or Macro(), recipe or Recipe(), progress or Silent()
+    if out is not None:
+        check_writable(out, force)
+    job = prepare(model, data, arch, recipe, preprocess, progress)
+    plans(job.network.graph, macro)  # what the macro cannot hold is refused before any work
+    with progress.stage("float model", 1) as done:
+        float_top1 = top1(job.network, job.test)[0]
+        done()
+    network, best, ptq_top1 = train_for(macro, job, recipe, progress, "")
+    saved, tuned_top1, found = _measured(network, macro, job, progress, "integer program")
+    real = real_predictions(network, job.test)
+    ideal_top1 = _twin(macro, job, recipe, progress, tuned_top1) if twin else None
+    result = Quantized(
+        None if out is None else str(out), macro, recipe, float_top1, ptq_top1, tuned_top1, ideal_top1, percent(found == real), len(job.test), job.measured_on,
+        len(job.train), len(job.held), best.name, layer_table(network, job.train.real(slice(TABLE_IMAGES))), round(time.monotonic() - started, 1),
+    )  # fmt: skip
+    if out is not None:
+        _checkpoint(network, saved, job, recipe, result).save(out, force)
+    return result
+
+
+def prepare(model: str | Path | nn.Module, data: str | Data, arch: str | None, recipe: Recipe, preprocess: Preprocess | None, progress: Any) -> Job:
+    """Read and capture the model, read the data, and split it; raises InputError where they do not fit together."""
+    with progress.stage("reading", 2) as done:
+        data = load_data(data, unsplit="train") if isinstance(data, str) else data
+        if data.train is None:
+            raise InputError(f"{escaped(data.name)}: has no training images to calibrate on; give a data set with a training part (x_train, y_train)")
+        done()
+        loaded = load_model(model, arch)
+        network = capture(loaded, data.train.shape)
+        done()
+    _check_classes(network, data)
+    preprocess = preprocess or Preprocess.of(data.train)
+    mult, add = preprocess.affine(data.train.shape[0])
+    count = recipe.held_out or min(HELD_OUT_PEAK, max(1, len(data.train) // 10))
+    rest, held = held_out(data.train, count, recipe.seed)
+    feeds = (Feed(images, mult, add) for images in (rest, held, held if data.test is None else data.test))
+    whole = data.train.x.dtype == np.uint8
+    return Job(network, *feeds, "held-out" if data.test is None else "test", preprocess, Norm(mult, add), whole, data.classes)
+
+
+def _check_classes(network: Network, data: Data) -> None:
+    scores = network.graph.shape(network.graph.output)
+    if len(scores) != 1:
+        raise InputError(f"the model gives an output of shape {list(scores)} per image; rqtool measures class scores, one number per class")
+    if data.classes > scores[0]:
+        raise InputError(f"{escaped(data.name)}: labels go up to {data.classes - 1}, but the model scores {scores[0]} classes; give the data set the model was trained for")
+
+
+def train_for(macro: Macro, job: Job, recipe: Recipe, progress: Any, prefix: str) -> tuple[Network, Candidate, float]:
+    """(the network for this macro, its chosen candidate, post-training top-1): rewritten, calibrated and fine-tuned."""
+    network = rewrite(job.network, macro)
+    with progress.stage(f"{prefix}calibration", len(read_layers(network))) as done:
+        calibrate(network, job.train.real(slice(recipe.calibration_images)), done)
+    best = consider_norms("post-training", network, job.train, job.held, recipe, None)
+    network.load_state_dict(best.state)
+    ptq_top1 = _measured(network, macro, job, progress, f"{prefix}post-training")[1]
+    if recipe.epochs:
+        steps = recipe.epochs * steps_per_epoch(len(job.train), recipe)
+        with progress.stage(f"{prefix}fine-tuning", steps) as done:
+            best = finetune(network, job.train, job.held, recipe, best, lambda loss: done(1, f"loss {loss:.3f}"))
+    return network, best, ptq_top1
+
+
+def _twin(macro: Macro, job: Job, recipe: Recipe, progress: Any, tuned_top1: float) -> float:
+    if macro.ideal:
+        return tuned_top1
+    network, _, _ = train_for(macro.with_ideal_adc(), job, recipe, progress, "ideal-ADC twin: ")
+    return _measured(network, macro.with_ideal_adc(), job, progress, "ideal-ADC twin")[1]
+
+
+def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str) -> tuple[tuple[Program, dict[str, float]], float, np.ndarray]:
+    """((program, peaks), top-1 of the program, its predictions)."""
+    peaks = peaks_of(network, job.train.batches(128, 512))
+    program = freeze(network, macro, peaks, job.pixels, job.whole)
+    with progress.stage(name, len(job.test)) as done:
+        found = predictions(program, job.test.images, done)
+    return (program, peaks), percent(found == job.test.images.y), found
+
+
+def _checkpoint(network: Network, saved: tuple[Program, dict[str, float]], job: Job, recipe: Recipe, result: Quantized) -> Checkpoint:
+    program, peaks = saved
+    return Checkpoint(result.macro, network, program, peaks, job.preprocess, job.classes, recipe.to_dict(), result.to_json())
+
+
+# -- evaluate --------------------------------------------------------------------------------------------------------
+def evaluate(
+    source: str | Path, data: str | Data, *, adc: str = "real", limit: int | None = None, min_acc: float | None = None, progress: Any = None
+) -> Evaluated:
+    """Top-1 of a .rq file's integer program on the test images of a data set (its only images, if it is not split).
+
+    adc: "real", or "ideal" for the same trained network with every ADC ideal (not retrained: the twin in `quantize` is).
+    limit: a random subset of so many images. Raises CheckError where top-1 is below min_acc.
+    """
+    started, progress = time.monotonic(), progress or Silent()
+    if adc not in ("real", "ideal"):
+        raise ConfigError(f"--adc {escaped(adc)} is not known; choose one of ideal, real")
+    saved = checkpoint.load(source)
+    images, measured_on = _images_for(saved, load_data(data) if isinstance(data, str) else data, limit)
+    program = saved.program if adc == "real" else ideal_program(saved)
+    with progress.stage("integer program", len(images)) as done:
+        found = predictions(program, images, done)
+    accuracy = percent(found == images.y)
+    if min_acc is not None and accuracy < min_acc:
+        raise CheckError(f"{escaped(source)}: top-1 is {accuracy:.2f} % on {len(images)} images, below --min-acc {min_acc:g}")
+    from rqtool.program.run import Runner
+
+    return Evaluated(str(source), accuracy, len(images), adc, measured_on, program.macro, round(time.monotonic() - started, 1), Runner(program).fast)
+
+
+def _images_for(saved: Checkpoint, data: Data, limit: int | None) -> tuple[Images, str]:
+    images = data.test if data.test is not None else data.train
+    wanted = saved.program.tensors[saved.program.input]
+    if images.shape != wanted.shape:
+        raise InputError(f"{escaped(data.name)}: images have shape {list(images.shape)}, but the model takes {list(wanted.shape)}; give the data set it was made for")
+    if str(images.x.dtype) != wanted.dtype:
+        raise InputError(f"{escaped(data.name)}: images are {images.x.dtype}, but the model takes {wanted.dtype}; give pixels in the form it was quantized with")
+    if data.classes > saved.network.graph.shape(saved.network.graph.output)[0]:
+        raise InputError(f"{escaped(data.name)}: labels go up to {data.classes - 1}, but the model scores {saved.classes} classes; give the data set the model was trained for")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit must be at least 1, not {limit}")
+    return (images if limit is None else subset(images, limit, seed=0)), "test" if data.test is not None else "train"
+
+
+def ideal_program(saved: Checkpoint) -> Program:
+    """The integer program of the same trained network with an ideal ADC."""
+    macro = saved.macro.with_ideal_adc()
+    network = checkpoint.build_network(saved.network.graph, macro, saved.network.state_dict())
+    whole = saved.program.tensors[saved.program.input].dtype == "uint8"
+    return freeze(network, macro, saved.peaks, Norm(*saved.preprocess.affine(saved.network.graph.input_shape[0])), whole)
+
+
+# -- export ----------------------------------------------------------------------------------------------------------
+def export_onnx(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    body: str = "qlinear",
+    verify: bool = True,
+    data: str | Data | None = None,
+    images: int = 8,
+    vectors: str | Path | None = None,
+    force: bool = False,
+    progress: Any = None,
+) -> Exported:
+    """Write a .rq file's integer program as ONNX (default: beside it, .onnx) with `rqtool.reram/1` metadata.
+
+    body: "qlinear" (fast) or "explicit" (partial sums are tensors). verify: prove the file equal to the definition first, on
+    `images` test images of `data`, or on random pixels. vectors: a folder for golden vectors. Raises CheckError where a single
+    integer differs; nothing is written then.
+    """
+    from rqtool.export.onnx import to_onnx
+    from rqtool.export.vectors import write_vectors
+    from rqtool.export.verify import verify as prove
+
+    progress = progress or Silent()
+    out = Path(source).with_suffix(".onnx") if out is None else Path(out)
+    check_writable(out, force)
+    saved = checkpoint.load(source)
+    x = _sample_images(saved, data, images)
+    with progress.stage("export", 2) as done:
+        model = to_onnx(saved.program, body)
+        done(1, "verifying" if verify else "")
+        report = prove(model, saved.program, x).to_dict() if verify else None
+        done()
+    blob = model.SerializeToString(deterministic=True)
+    write_atomic(out, blob, force=force)
+    if vectors is not None:
+        write_vectors(saved.program, x, vectors, force=force)
+    return Exported(str(source), str(out), body, len(blob), report, None if vectors is None else str(vectors))
+
+
+def _sample_images(saved: Checkpoint, data: str | Data | None, count: int) -> np.ndarray:
+    if count < 1:
+        raise ConfigError(f"--images must be at least 1, not {count}")
+    if data is not None:
+        return _images_for(saved, load_data(data) if isinstance(data, str) else data, count)[0].x
+    spec, random = saved.program.tensors[saved.program.input], np.random.default_rng(0)
+    if spec.dtype == "uint8":
+        return random.integers(0, 256, (count, *spec.shape), dtype=np.uint8)
+    return random.normal(0, saved.peaks[saved.network.graph.input] / 3, (count, *spec.shape)).astype(np.float32)
+
+
+# -- plan, inspect, presets ------------------------------------------------------------------------------------------
+def plan(model: str | Path | nn.Module, macro: Macro | None = None, *, arch: str | None = None, input_shape: tuple[int, ...] | None = None) -> Planned:
+    """The reads of a model on a macro, for one image; no data needed.
+
+    model: a .rq file (whose own macro is the default), a model file, a built-in name or a torch module. input_shape: (C, H, W) of
+    one image; built-in networks and .rq files know theirs.
+    """
+    name = model if isinstance(model, (str, Path)) else type(model).__name__
+    if str(name).endswith(".rq"):
+        saved = checkpoint.load(name)
+        graph, macro = saved.network.graph, macro or saved.macro
+    else:
+        graph = capture(load_model(model, arch), _shape_for(name, arch, input_shape)).graph
+    macro = macro or Macro()
+    return Planned(str(name), macro, graph.input_shape, [p.cost(_positions(graph, p)) for p in plans(graph, macro).values()])
+
+
+def _positions(graph: Graph, plan: Plan) -> int:
+    return prod(graph.shape(plan.name)) // plan.geometry.columns
+
+
+def _shape_for(name: str | Path, arch: str | None, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    known = ZOO.get(str(arch)) or ZOO.get(str(name))
+    if shape is not None:
+        return shape
+    if known is None:
+        raise ConfigError(f"{escaped(name)}: a model file does not say what it takes; give --input C,H,W, for example --input 1,28,28")
+    return known.shape
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a file holds, as plain data: .rq, .onnx, or a model file (names and shapes of its tensors). Nothing is executed."""
+    suffix = Path(path).suffix
+    if suffix == ".rq":
+        return _inspect_rq(checkpoint.load(path), path)
+    if suffix == ".onnx":
+        return _inspect_onnx(path)
+    from rqtool.model.load import state_of
+
+    state = state_of(path)
+    tensors = [{"name": escaped(k), "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for k, t in state.items()]
+    return {"command": "inspect", "source": str(path), "kind": "weights", "parameters": sum(t.numel() for t in state.values()), "tensors": tensors}
+
+
+def _inspect_rq(saved: Checkpoint, path: str | Path) -> dict[str, Any]:
+    ops = [{"kind": op.kind, "name": op.name, "output": list(saved.program.tensors[op.output].shape)} for op in saved.program.ops]
+    about = {"macro": saved.macro.to_dict(), "preprocess": saved.preprocess.to_dict(), "classes": saved.classes, "recipe": saved.recipe, "results": saved.results}
+    return {"command": "inspect", "source": str(path), "kind": "rq", **about, "program_sha256": saved.program.sha256(), "ops": ops}
+
+
+def _inspect_onnx(path: str | Path) -> dict[str, Any]:
+    from rqtool.export import metadata
+    from rqtool.export.validate import load_onnx
+
+    return {"command": "inspect", "source": str(path), "kind": "onnx", "metadata": metadata.read(load_onnx(path))}
+
+
+def presets() -> list[dict[str, Any]]:
+    """Every preset: name, about, source, and the macro it makes."""
+    rows = []
+    for name in macros.preset_names():
+        table = macros.preset(name)
+        rows.append({"name": name, "about": table["about"], "source": table["source"], "macro": macros.make_macro(name).to_dict()})
+    return rows
+
+
+# -- demo ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Demo:
+    """The three results of the demo."""
+
+    quantized: Quantized
+    evaluated: Evaluated
+    exported: Exported
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {"quantize": self.quantized, "eval": self.evaluated, "export": self.exported}
+        return {"command": "demo", **{name: part.to_json() for name, part in parts.items()}}
+
+
+def run_demo(folder: str | Path = "rqtool-demo", *, macro: Macro | None = None, recipe: Recipe | None = None, progress: Any = None) -> Demo:
+    """The whole job, offline, on the embedded network and 5,000 Fashion-MNIST images; demo.rq and demo.onnx in `folder` are replaced."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        from rqtool.errors import StorageError
+
+        raise StorageError(f"{escaped(folder)}: cannot be made ({e.strerror}); name another folder") from e
+    rq, onnx = folder / "demo.rq", folder / "demo.onnx"
+    quantized = quantize("demo", "demo", macro, out=rq, recipe=recipe, force=True, progress=progress)
+    evaluated = evaluate(rq, "demo", progress=progress)
+    return Demo(quantized, evaluated, export_onnx(rq, onnx, data="demo", images=4, force=True, progress=progress))

@@ -1,0 +1,102 @@
+"""The .rq file: a network, its integer program and everything said about them, in one safetensors file. No pickle.
+
+    tensors   program/NAME    integer constants of the program
+              network/NAME    the trained network's parameters and buffers, so that training and re-freezing can go on
+    document  tool, macro, program, graph, peaks, preprocess, classes, recipe, results
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rqtool import __version__
+from rqtool.errors import InputError, RqError, escaped
+from rqtool.hardware.macro import Macro
+from rqtool.mapping.plan import Geometry, Plan
+from rqtool.model.data import Preprocess
+from rqtool.model.graph import Graph, Node
+from rqtool.model.network import Network
+from rqtool.program.ir import Program
+from rqtool.storage import load_tensors, save_tensors
+from rqtool.train.layers import ReadLayer
+
+
+@dataclass
+class Checkpoint:
+    """What a .rq file holds. peaks: the largest magnitude of each value of the graph on calibration images (grids come from it);
+    results: the closing figures of `quantize`, as JSON data."""
+
+    macro: Macro
+    network: Network
+    program: Program
+    peaks: dict[str, float]
+    preprocess: Preprocess
+    classes: int
+    recipe: dict[str, Any]
+    results: dict[str, Any]
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write atomically. Raises ConfigError where the file exists and force is off, StorageError where it cannot be written."""
+        document = {
+            "tool": f"rqtool {__version__}", "macro": self.macro.to_dict(), "program": self.program.to_json(), "graph": self.network.graph.to_json(),
+            "peaks": self.peaks, "preprocess": self.preprocess.to_dict(), "classes": self.classes, "recipe": self.recipe, "results": self.results,
+        }  # fmt: skip
+        tensors = {f"program/{name}": a for name, a in self.program.constants.items()}
+        tensors |= {f"network/{name}": t.detach().numpy() for name, t in self.network.state_dict().items()}
+        save_tensors(path, tensors, document, force)
+
+
+def load(path: str | Path) -> Checkpoint:
+    """The checkpoint of a .rq file. Raises InputError where it is not one, or damaged."""
+    tensors, document = load_tensors(path)
+    try:
+        return _build(tensors, document)
+    except InputError as e:
+        raise InputError(f"{escaped(path)}: {e}") from e
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, RqError) as e:
+        raise InputError(f"{escaped(path)}: its parts do not fit together ({escaped(e)}); make the file again") from e
+
+
+def _build(tensors: dict[str, np.ndarray], document: dict[str, Any]) -> Checkpoint:
+    parts: dict[str, dict[str, np.ndarray]] = {"program": {}, "network": {}}
+    for name, array in tensors.items():
+        room, _, rest = name.partition("/")
+        parts[room][rest] = array
+    macro, graph = Macro(**document["macro"]), Graph.from_json(document["graph"])
+    network = build_network(graph, macro, {name: torch.from_numpy(np.array(a)) for name, a in parts["network"].items()})
+    program = Program.from_json(document["program"], parts["program"])
+    return Checkpoint(
+        macro, network, program, document["peaks"], Preprocess.from_dict(document["preprocess"]), document["classes"], document["recipe"], document["results"]
+    )
+
+
+def build_network(graph: Graph, macro: Macro, state: dict[str, torch.Tensor]) -> Network:
+    """A network of ReadLayers and batch norms with the given state (names as in `Network.state_dict`)."""
+    network = Network(graph, {n.name: _module(n, macro, state) for n in graph.nodes if n.module})
+    network.load_state_dict({k: v for k, v in state.items() if not macro.ideal or not _of_adc(k)})
+    return network.eval()
+
+
+ADC_STATE = ("log_step", "zero", "thresholds", "levels")
+
+
+def _of_adc(name: str) -> bool:
+    """Whether a state name belongs to a layer's ADC (and has no place in a network with an ideal one)."""
+    path = name.split(".")  # layers, the layer's key (which has no dots), and what it holds
+    return len(path) == 3 and path[-1] in ADC_STATE
+
+
+def _module(node: Node, macro: Macro, state: dict[str, torch.Tensor]) -> nn.Module:
+    prefix = f"layers.{node.module.replace('.', '/')}."
+    if node.op == "batch_norm":
+        rank = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d}[len(node.shape)]
+        return rank(node.attrs["features"], eps=node.attrs["eps"], momentum=node.attrs["momentum"], affine=prefix + "weight" in state)
+    plan = Plan.make(node.name, Geometry.from_dict(node.attrs["geometry"]), macro)
+    weight, bias = (state.get(prefix + role) for role in ("weight", "bias"))
+    return ReadLayer(plan, nn.Parameter(weight), None if bias is None else nn.Parameter(bias))

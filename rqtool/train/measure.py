@@ -1,0 +1,91 @@
+"""What is measured of a network: top-1 of its integer program, agreement with training's arithmetic, and how its ADCs are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from rqtool.hardware import adc
+from rqtool.model.data import Images
+from rqtool.model.network import Network
+from rqtool.program.ir import Program
+from rqtool.program.run import Runner
+from rqtool.train.finetune import EVAL_BATCH, Feed
+from rqtool.train.histogram import partial_sum_histogram
+from rqtool.train.layers import LEVEL_UNITS, ReadLayer, group_shape
+from rqtool.train.rewrite import read_layers
+
+
+def predictions(program: Program, images: Images, done: Callable[[int], None] = lambda n: None) -> np.ndarray:
+    """int64 [N]: the class with the largest score in the integer program, the first one on a tie. done(n) after each n images."""
+    runner, parts = Runner(program), []
+    for at in range(0, len(images), EVAL_BATCH):
+        x = torch.from_numpy(np.ascontiguousarray(images.x[at : at + EVAL_BATCH]))
+        parts.append(runner(x).argmax(1).numpy())
+        done(len(x))
+    return np.concatenate(parts)
+
+
+@torch.no_grad()
+def real_predictions(network: Network, feed: Feed) -> np.ndarray:
+    """The same by the network itself, in the float arithmetic that training uses."""
+    network.eval()
+    return np.concatenate([network(x).argmax(1).numpy() for x in feed.batches(EVAL_BATCH)])
+
+
+def percent(hits: np.ndarray) -> float:
+    return 100 * float(np.mean(hits))
+
+
+def clip_rate(histogram: np.ndarray, layer: ReadLayer) -> float:
+    """The share of reads whose partial sum lies beyond full scale; histogram as from `partial_sum_histogram`."""
+    bounds = _clip_bounds(layer)
+    p = np.arange(layer.plan.macro.p_min, layer.plan.macro.p_max + 1)
+    clipped = sum(int(row[(p < lo) | (p > hi)].sum()) for row, (lo, hi) in zip(histogram, bounds))
+    return clipped / max(1, int(histogram.sum()))
+
+
+def _clip_bounds(layer: ReadLayer) -> list[tuple[int, int]]:
+    """(lowest, highest) partial sum within full scale, for each group of steps."""
+    macro = layer.plan.macro
+    if macro.levels == "free":
+        levels = layer.levels.numpy() / LEVEL_UNITS
+        return [(int(np.floor(levels.min())), int(np.ceil(levels.max())))]
+    numbers = layer.adc()
+    zero = int(numbers.zero.view(-1)[0])
+    mults = numbers.mult.expand(group_shape(layer.plan)).flatten().tolist()
+    return [adc.clip_bounds(adc.uniform_thresholds(m, macro.shift, zero, macro.top), 2.0**macro.shift / m) for m in mults]
+
+
+@torch.no_grad()
+def layer_table(network: Network, x: torch.Tensor) -> list[dict[str, Any]]:
+    """One row per layer: its cost for one image (as Plan.cost), input and step in numbers, clip rate on real-valued inputs x."""
+    rows: dict[str, dict[str, Any]] = {}
+    names = {id(layer): name for name, layer in read_layers(network).items()}
+
+    def watch(layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> None:
+        rows[names[id(layer)]] = _row(layer, codes, weight)
+
+    for layer in read_layers(network).values():
+        layer.watch = watch
+    try:
+        network.eval()(x)
+    finally:
+        for layer in read_layers(network).values():
+            layer.watch = None
+    shapes = {n.name: n.shape for n in network.graph.convs()}
+    return [{**layer.plan.cost(prod(shapes[name]) // layer.plan.geometry.columns), **rows[name]} for name, layer in read_layers(network).items()]
+
+
+def _row(layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
+    row: dict[str, Any] = {"input_scale": float(layer.input.scale), "input_zero": int(layer.input.zero)}
+    if layer.plan.macro.ideal:
+        return row | {"step": None, "zero": None, "clip_rate": 0.0}
+    histogram = partial_sum_histogram(codes, weight, layer.plan)
+    free = layer.plan.macro.levels == "free"
+    step = None if free else float(layer.adc().step.mean())
+    return row | {"step": step, "zero": None if free else int(layer.zero), "clip_rate": clip_rate(histogram, layer)}
