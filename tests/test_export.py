@@ -268,8 +268,10 @@ def test_the_document_of_one_layer() -> None:
 def test_columns_are_split_by_io_and_scales_come_from_the_program() -> None:
     b = Builder(Macro(io=4), 0)
     program = b.program(b.reads(b.input((3, 4, 4), 0, 15), Geometry(3, 10, **SAME)))
-    program.meta["scales"] = {program.output: 0.5}
-    layer = metadata.read(to_onnx(program))["layers"][0]
+    program.meta |= {"scales": {program.output: 0.5}, "output_scale": 0.25}
+    doc = metadata.read(to_onnx(program))
+    layer = doc["layers"][0]
+    assert doc["output"]["scale"] == 0.25
     assert layer["io_ranges"] == [[0, 4], [4, 8], [8, 10]] and layer["acc"]["scale"] == [0.5]
 
 

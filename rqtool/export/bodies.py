@@ -19,7 +19,7 @@ from rqtool.hardware import adc
 from rqtool.mapping.planes import Plane
 
 CONV_ATTRIBUTES = ("strides", "dilations", "group")
-GIVEN = ("x", "cells", "channels", "adc_mult", "adc_zero", "gain", "levels", "acc")
+GIVEN = ("x", "cells", "code_pads", "channels", "adc_mult", "adc_zero", "gain", "levels", "acc")
 NAMES = {"linear": "ReLinear"}
 DOC = {
     "qlinear": "Reads of one layer: a grouped QLinearConv whose requantisation is the ADC, then the sum of the codes over tiles and planes.",
@@ -44,7 +44,7 @@ class ReadsBody:
         attributes["reads_shape"] = [0, g.groups, lay.tiles * lay.planes, -1]
         attributes["acc_shape"] = [0, g.columns, height, width]
         if self._pads_code:
-            attributes |= {"code_pads": [0, 0, ph, pw, 0, 0, ph, pw], "pad_code": lay.op.attrs["pad"]}
+            attributes["pad_code"] = lay.op.attrs["pad"]
         else:
             attributes["pads"] = [ph, pw, ph, pw]
         if lay.spec["kind"] == "uniform":
@@ -73,7 +73,9 @@ class ReadsBody:
     def _padded(self, x: str) -> str:
         if not self._pads_code:
             return x
-        return self.body.node("Pad", x, self.body.shape("code_pads"), self.body.attribute("pad_code", TensorProto.UINT8), out="padded")
+        ph, pw = self.layout.geometry.padding
+        pads = self.input("code_pads", np.array([0, 0, ph, pw, 0, 0, ph, pw]))
+        return self.body.node("Pad", x, pads, self.body.attribute("pad_code", TensorProto.UINT8), out="padded")
 
     def _gathered(self, x: str) -> str:
         if not self.layout.gathers:
@@ -108,7 +110,7 @@ class ReadsBody:
         return self._acc(b.node("MatMulInteger", self._gain_u8, rows, b.const(128, np.uint8), self._zero_point, out="plane_acc"))
 
     def _explicit_values(self, x: str) -> Int:
-        p = self.body.node("ConvInteger", x, "cells", self.body.const(0, np.uint8), self._cell_zero, out="p", **self._conv_attributes)
+        p = self.body.node("ConvInteger", x, *self._unsigned_cells, out="p", **self._conv_attributes)
         partial = Int(self.body, p, *self.layout.p_range)
         kind = self.layout.spec["kind"]
         return {"uniform": self._uniform_values, "free": self._free_values, "ideal": self._scaled}[kind](partial)
@@ -159,6 +161,15 @@ class ReadsBody:
     def _cell_zero(self) -> str:
         zero = self.layout.cell_zero
         return self.body.const(0, np.int8) if zero is None else self.body.const(zero, np.uint8)
+
+    @cached_property
+    def _unsigned_cells(self) -> tuple[str, str, str]:
+        """uint8 cells, the zero point of the codes, that of the cells: onnxruntime 1.23 has no ConvInteger for int8 cells."""
+        b, nought, middle = self.body, self.body.const(0, np.uint8), self.body.const(128, np.uint8)
+        if self.layout.cell_zero is not None:
+            return "cells", nought, self._cell_zero
+        shifted = b.node("Add", b.cast("cells", TensorProto.INT32), b.const(128))
+        return b.cast(shifted, TensorProto.UINT8, out="cells_u8"), nought, middle
 
     @cached_property
     def _mult(self) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib import metadata as packages
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, StringStringEntryProto, numpy_helper
 
+from rqtool import __version__
 from rqtool.errors import InputError
 from rqtool.export.layout import Layout
 from rqtool.export.schema import FORMAT, validate_schema
@@ -22,14 +22,6 @@ from rqtool.program.ir import Op, Program, Tensor
 
 ROW_ORDER = ["channel", "ky", "kx"]
 CELL_LAYOUT = ["group", "tile", "plane", "column", *ROW_ORDER]
-
-
-def version() -> str:
-    """The version of the installed rqtool, or "unknown" when it runs from a source folder."""
-    try:
-        return packages.version("rqtool")
-    except packages.PackageNotFoundError:
-        return "unknown"
 
 
 def sha256(array: np.ndarray) -> str:
@@ -48,12 +40,12 @@ def document(program: Program, body: str, layouts: dict[str, tuple[Layout, str]]
     macro = program.macro
     return {
         "format": FORMAT,
-        "tool": {"name": "rqtool", "version": version()},
+        "tool": {"name": "rqtool", "version": __version__},
         "body": body,
         "macro": {"preset": program.meta.get("preset"), "sha256": macro.sha256(), "fields": macro.to_dict()},
         "program": {"sha256": program.sha256(), "meta": program.meta},
         "input": _tensor(program.tensors[program.input]),
-        "output": _tensor(program.tensors[program.output]),
+        "output": {**_tensor(program.tensors[program.output]), "scale": program.meta.get("output_scale")},
         "constants": {name: sha256(array) for name, array in sorted(constants.items())},
         "layers": [_layer(layout, form) for layout, form in layouts.values()],
     }

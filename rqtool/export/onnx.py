@@ -90,18 +90,19 @@ def _xsum(graph: Graph, op: Op) -> Value:
     """Sums of input codes by a ConvInteger with ones, one channel per group, repeated for the columns of the group."""
     if graph.tensor(op.inputs[0]).dtype != "uint8":
         raise InputError(f"{escaped(op.name)}: sums of input codes need a uint8 tensor, not {graph.tensor(op.inputs[0]).dtype}; requantise the input first")
-    g, body = Geometry.from_dict(op.attrs["geometry"]), Body(given=XY)
+    g, body = Geometry.from_dict(op.attrs["geometry"]), Body(given=[*XY, "code_pads", "ones", "column_group"])
     (ph, pw), columns = g.padding, op.attrs["columns"]
-    x = body.node("Pad", "x", body.shape("code_pads"), body.attribute("pad_code", TensorProto.UINT8), out="padded")
+    x = body.node("Pad", "x", "code_pads", body.attribute("pad_code", TensorProto.UINT8), out="padded")
     refs = {name: Ref(name, AttributeProto.INT if name == "group" else AttributeProto.INTS) for name in CONV_ATTRIBUTES}
     sums = body.node("ConvInteger", x, "ones", body.const(0, np.uint8), body.const(0, np.uint8), **refs)
     body.append("Gather", (sums, "column_group"), "y", axis=1)
-    attributes = {"strides": g.stride, "dilations": g.dilation, "group": g.groups, "code_pads": [0, 0, ph, pw, 0, 0, ph, pw], "pad_code": op.attrs["pad"]}
+    attributes = {"strides": g.stride, "dilations": g.dilation, "group": g.groups, "pad_code": op.attrs["pad"]}
     doc = "The sum of the input codes under a kernel, for every column: what weights with an offset have to take off."
-    name = graph.library.intern("InputSum", ["x", "ones", "column_group"], "y", body, list(attributes), doc)
+    name = graph.library.intern("InputSum", ["x", "code_pads", "ones", "column_group"], "y", body, list(attributes), doc)
+    pads = graph.constant(op, "code_pads", np.array([0, 0, ph, pw, 0, 0, ph, pw]))
     ones = graph.constant(op, "ones", np.ones((g.groups, g.channels // g.groups, *g.kernel), np.uint8))
     repeat = graph.constant(op, "column_group", np.repeat(np.arange(g.groups), columns // g.groups))
-    return graph.call(op, name, [op.inputs[0], ones, repeat], **attributes), "int32"
+    return graph.call(op, name, [op.inputs[0], pads, ones, repeat], **attributes), "int32"
 
 
 def _quantize(graph: Graph, op: Op) -> Value:

@@ -37,7 +37,7 @@ def _record(**properties: Any) -> dict[str, Any]:
 
 TABLE = _list(_list(NATURAL, minItems=1), minItems=1)
 PAIR = _list(INTEGER, minItems=2, maxItems=2)
-TENSOR = _record(tensor=TEXT, dtype={"type": "string", "enum": ["float32", "uint8", "int32"]}, shape=_list(NATURAL), lo=_maybe(INTEGER), hi=_maybe(INTEGER))
+END = {"tensor": TEXT, "dtype": {"type": "string", "enum": ["float32", "uint8", "int32"]}, "shape": _list(NATURAL), "lo": _maybe(INTEGER), "hi": _maybe(INTEGER)}
 GEOMETRY = _record(
     channels=POSITIVE, columns=POSITIVE, kernel=PAIR, stride=PAIR, padding=PAIR, dilation=PAIR, groups=POSITIVE,
     kind={"type": "string", "enum": ["conv1d", "conv2d", "linear"]},
@@ -75,7 +75,7 @@ LAYER = _record(
 DOCUMENT = _record(
     format={"type": "string", "enum": [FORMAT]}, tool=_record(name=TEXT, version=TEXT), body={"type": "string", "enum": ["qlinear", "explicit"]},
     macro=_record(preset=_maybe(TEXT), sha256=SHA256, fields=OBJECT), program=_record(sha256=SHA256, meta=OBJECT),
-    input=TENSOR, output=TENSOR, constants={"type": "object", "additionalProperties": SHA256}, layers=_list(LAYER),
+    input=_record(**END), output=_record(**END, scale=_maybe({"type": "number"})), constants={"type": "object", "additionalProperties": SHA256}, layers=_list(LAYER),
 )  # fmt: skip
 SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": FORMAT, **DOCUMENT}
 
