@@ -182,6 +182,7 @@ def quantize(
     out: str | Path | None = None,
     recipe: Recipe | None = None,
     preprocess: Preprocess | None = None,
+    input_shape: tuple[int, ...] | None = None,
     twin: bool = True,
     force: bool = False,
     progress: Any = None,
@@ -189,12 +190,13 @@ def quantize(
     """Rewrite a trained model for a macro, calibrate it, fine-tune it through the ADC, measure it, and save it to `out` (if given).
 
     model: a file, a built-in name or a torch module (it is not changed). data: as `load_data` reads it; needs training images.
+    input_shape: what one image is for the model, (C, H, W), (C, L) or (F,), where it is not what the data set says.
     twin: also train the ideal-ADC twin equally long, which shows what the ADC alone costs. Raises RqError's kinds.
     """
     started, macro, recipe, progress = time.monotonic(), macro or Macro(), recipe or Recipe(), progress or Silent()
     if out is not None:
         check_writable(out, force)
-    job = prepare(model, data, arch, recipe, preprocess, progress)
+    job = prepare(model, data, arch, recipe, preprocess, input_shape, progress)
     plans(job.network.graph, macro)  # what the macro cannot hold is refused before any work
     with progress.stage("float model", 1) as done:
         float_top1 = top1(job.network, job.test)[0]
@@ -212,15 +214,34 @@ def quantize(
     return result
 
 
-def prepare(model: str | Path | nn.Module, data: str | Data, arch: str | None, recipe: Recipe, preprocess: Preprocess | None, progress: Any) -> Job:
+def fit(model: nn.Module, data: Data, input_shape: tuple[int, ...] | None) -> tuple[Network, Data]:
+    """The captured model, and the data in the shape it takes.
+
+    Without a given shape the images are tried as they are, then as signals (an axis of one channel dropped), then flat; the
+    error of the first try is the one a user sees.
+    """
+    shape = data.train.shape
+    tries = [input_shape] if input_shape else [shape, *([shape[1:]] if len(shape) == 3 and shape[0] == 1 else []), (prod(shape),)]
+    reasons = []
+    for candidate in dict.fromkeys(tries):
+        parts = {name: images and images.reshaped(candidate) for name, images in (("train", data.train), ("test", data.test))}
+        try:
+            return capture(model, candidate), replace(data, **parts)
+        except InputError as e:
+            reasons.append(e)
+    raise reasons[0]
+
+
+def prepare(
+    model: str | Path | nn.Module, data: str | Data, arch: str | None, recipe: Recipe, preprocess: Preprocess | None, input_shape: tuple[int, ...] | None, progress: Any
+) -> Job:
     """Read and capture the model, read the data, and split it; raises InputError where they do not fit together."""
     with progress.stage("reading", 2) as done:
         data = load_data(data, unsplit="train") if isinstance(data, str) else data
         if data.train is None:
             raise InputError(f"{escaped(data.name)}: has no training images to calibrate on; give a data set with a training part (x_train, y_train)")
         done()
-        loaded = load_model(model, arch)
-        network = capture(loaded, data.train.shape)
+        network, data = fit(load_model(model, arch), data, input_shape)
         done()
     _check_classes(network, data)
     preprocess = preprocess or Preprocess.of(data.train)
@@ -304,6 +325,8 @@ def evaluate(
 def _images_for(saved: Checkpoint, data: Data, limit: int | None) -> tuple[Images, str]:
     images = data.test if data.test is not None else data.train
     wanted = saved.program.tensors[saved.program.input]
+    if prod(images.shape) == prod(wanted.shape):
+        images = images.reshaped(wanted.shape)
     if images.shape != wanted.shape:
         raise InputError(f"{escaped(data.name)}: images have shape {list(images.shape)}, but the model takes {list(wanted.shape)}; give the data set it was made for")
     if str(images.x.dtype) != wanted.dtype:

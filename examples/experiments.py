@@ -1,0 +1,157 @@
+"""Run the experiments behind docs/results.md: one row a job, resumable, each finished row kept.
+
+    python examples/experiments.py --shared DIR [--only NAME ...] [--seeds 3] [--rows DIR] [--threads N] [--report docs/results.md]
+
+DIR holds data/mnist.npz, data/cifar10_jpeg75.npz, models/reference_models.py and the weights beside it. A finished row is a JSON
+file in --rows (default build/experiments) named after the job; delete it to run the job again. Every job is one call of
+rqtool.quantize, and trains the ideal-ADC twin equally long from the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import rqtool
+from rqtool.model.data import load_data
+from rqtool.storage import write_atomic
+
+CIFAR = "CIFAR-10 (JPEG-75 copy)"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, its weights, its data."""
+
+    title: str
+    factory: str
+    weights: str
+    data: str
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    batch: int = 64
+
+
+TASKS = {
+    "mnist": Task("MNIST, LeNet with batch norm", "lenet_bn", "lenetbn_mnist.pt", "mnist.npz"),
+    "cifar": Task(f"{CIFAR}, ResNet-20", "resnet20", "resnet20_cifar10jpeg_finetuned.pt", "cifar10_jpeg75.npz", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 128),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One line of the table: a task on a macro, so many epochs."""
+
+    task: str
+    macro: tuple[tuple[str, object], ...] = ()
+    preset: str | None = None
+    epochs: int = 2
+
+
+EXPERIMENTS = {
+    "mnist-4-4-4": Experiment("mnist"),
+    "mnist-nthu-2019": Experiment("mnist", preset="nthu-2019"),
+    "cifar-4-4-4": Experiment("cifar", epochs=1),
+}
+
+
+def decode(jpeg: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """uint8 [N, 3, H, W] from JPEG files back to back."""
+    images = (Image.open(io.BytesIO(jpeg[a:b].tobytes())) for a, b in zip(offsets, offsets[1:]))
+    return np.stack([np.asarray(image.convert("RGB")) for image in images]).transpose(0, 3, 1, 2)
+
+
+def read_data(path: Path) -> rqtool.Data:
+    """The data set of a task; JPEG archives are decoded."""
+    if "jpeg" not in path.name:
+        return load_data(str(path))
+    with np.load(path) as z:
+        parts = {s: rqtool.Images(decode(z[f"{s}_jpeg"], z[f"{s}_offsets"]), z[f"{s}_labels"].astype(np.int64)) for s in ("train", "test")}
+    return rqtool.Data(path.name, parts["train"], parts["test"], 10)
+
+
+def read_model(task: Task, models: Path) -> torch.nn.Module:
+    """The float network with its weights."""
+    sys.path.insert(0, str(models))
+    model = getattr(importlib.import_module("reference_models"), task.factory)()
+    model.load_state_dict(torch.load(models / task.weights, weights_only=True, map_location="cpu"))
+    return model.eval()
+
+
+def run(name: str, seed: int, shared: Path, data: rqtool.Data) -> dict:
+    """The JSON result of one job."""
+    experiment = EXPERIMENTS[name]
+    task = TASKS[experiment.task]
+    recipe = rqtool.Recipe(epochs=experiment.epochs, seed=seed, batch=task.batch)
+    macro = rqtool.make_macro(experiment.preset, **dict(experiment.macro))
+    preprocess = rqtool.Preprocess(mean=task.mean, std=task.std)
+    return rqtool.quantize(read_model(task, shared / "models"), data, macro, recipe=recipe, preprocess=preprocess).to_json()
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+def spread(values: list[float]) -> str:
+    """Mean, and half the range when there are several."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.2f}"
+
+
+def row(name: str, results: list[dict]) -> str:
+    m, macro, recipe = [r["metrics"] for r in results], results[0]["macro"], results[0]["recipe"]
+    column = {key: spread([x[key] for x in m]) for key in ("float_top1", "ptq_top1", "tuned_top1", "ideal_top1", "adc_loss")}
+    setting = f"{macro['wl']} rows on, {macro['in_bits']}/{macro['w_bits']} bits, {macro['adc_bits']}-bit ADC, {macro['codebook']}, {macro['sign_scheme']}"
+    cells = [name, setting, f"{m[0]['reads_per_mac']:.4f}", str(recipe["epochs"]), str(len(results)), *column.values(), f"{min(x['agreement'] for x in m):.2f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def report(rows: Path) -> str:
+    """docs/results.md from the finished rows."""
+    lines = [
+        "# Results", "",
+        "Written by `make experiments` (examples/experiments.py). top-1 in percent on the test images, by the integer program; ± is half the range over",
+        "the seeds. No layer is kept off the macro. Selection is on held-out training images. The ideal-ADC twin starts from the same weights and",
+        "is trained for as many epochs with the same seed; the loss is twin minus fine-tuned, in points. \"Agreement\" is the smallest share of test",
+        "images over the seeds on which the integer program and the float arithmetic of training name the same class.", "",
+    ]  # fmt: skip
+    for key, task in TASKS.items():
+        names = [n for n, e in EXPERIMENTS.items() if e.task == key]
+        found = {n: [json.loads(p.read_text()) for p in sorted(rows.glob(f"{n}-seed*.json"))] for n in names}
+        lines += [f"## {task.title}", "", "| job | setting | reads per MAC | epochs | seeds | float | post-training | fine-tuned | ideal-ADC twin | loss | agreement |"]
+        lines += ["|" + "---|" * 11, *(row(n, r) for n, r in found.items() if r), ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shared", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=Path, default=Path("build/experiments"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--report", type=Path, default=Path("docs/results.md"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.rows.mkdir(parents=True, exist_ok=True)
+    for task in dict.fromkeys(EXPERIMENTS[n].task for n in args.only):
+        data = read_data(args.shared / "data" / TASKS[task].data)
+        for seed in range(args.seeds):
+            for name in (n for n in args.only if EXPERIMENTS[n].task == task):
+                path = args.rows / f"{name}-seed{seed}.json"
+                if not path.exists():
+                    result = run(name, seed, args.shared, data)
+                    write_atomic(path, json.dumps(result).encode())
+                    print(path.name, json.dumps(result["metrics"]), f"{result['seconds']} s", flush=True)
+    write_atomic(args.report, report(args.rows).encode(), force=True)
+
+
+if __name__ == "__main__":
+    main()
