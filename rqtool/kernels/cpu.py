@@ -153,9 +153,9 @@ def _convert(acc, p, rate, lo, hi, gain):
 
 @njit(**_FAST)
 def _convert_noisy(acc, p, rate, lo, hi, gain, noise, at):
-    """The same with noise[at : at + BLOCK] codes added before the thresholds."""
+    """The same with noise[at : at + BLOCK] codes, the 1/2 within, added before the thresholds."""
     for i in range(BLOCK):
-        q = np.floor(p[i] * rate + HALF + noise[at + i])
+        q = np.floor(p[i] * rate + noise[at + i])
         q = q if q > lo else lo
         q = q if q < hi else hi
         acc[i] += gain * q
@@ -189,7 +189,7 @@ def _slope_noisy(d, p, gy, rate, lo, hi, slope, p_min, noise, at):
     total = ZERO
     for i in range(BLOCK):
         u = p[i] * rate
-        q = np.floor(u + HALF + noise[at + i])
+        q = np.floor(u + noise[at + i])
         q = q if q > lo else lo
         q = q if q < hi else hi
         s = slope[np.int32(p[i]) - p_min]
@@ -387,7 +387,7 @@ def _arguments(spec: ReadSpec, table: str, height: int, width: int) -> tuple:
         np.array([start for start, _ in spec.tiles], np.int64),
         (spec.rate, spec.lo, spec.hi, spec.gain),
         (tables.row, chosen, tables.p_min) if chosen is not None else (_NO_ROWS, _NO_TABLE, 0),
-        noise.draws if noise else _NO_FLOATS,
+        noise.draws + HALF if noise else _NO_FLOATS,  # one sum in each pass, so that no compiler can round the two differently
         noise.seed if noise else 0,
         (g.rows, height, width),
         (g.channels // g.groups, *g.kernel, *g.dilation, g.stride[1]),

@@ -20,6 +20,7 @@ from rqtool.kernels.spec import Noise, Tables
 
 MODES = ("relaxed", "ste")
 NOISE_DRAWS = 1 << 16
+SEEDS = 1 << 46  # every carrier's arithmetic on seeds stays within 63 bits
 NOISE_TAIL = 256  # a block reads this many draws from any start
 
 
@@ -34,7 +35,7 @@ class Relaxation:
         """float32 logistic draws, the same for the same seed."""
         r = np.random.default_rng(self.seed).random(NOISE_DRAWS + NOISE_TAIL)
         r = np.clip(r, 1e-7, 1 - 1e-7)
-        return Noise((self.tau * np.log(r / (1 - r))).astype(np.float32), self.seed)
+        return Noise((self.tau * np.log(r / (1 - r))).astype(np.float32), self.seed % SEEDS)
 
 
 def mean_code(u: torch.Tensor, top: int, tau: float) -> torch.Tensor:

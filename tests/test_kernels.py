@@ -1,0 +1,447 @@
+"""The carriers of the reads: every accumulator equals golden's, every gradient an explicit float64 formula, on any number of threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import CASES, images, layer_program
+
+from rqtool.errors import ConfigError
+from rqtool.hardware import adc
+from rqtool.hardware.macro import Macro
+from rqtool.kernels import choose, cpu, reference
+from rqtool.kernels.spec import Noise, ReadSpec, Tables, free_level_spec, make_spec
+from rqtool.mapping.plan import Geometry, Plan
+from rqtool.mapping.planes import extract
+from rqtool.program import golden, run
+from rqtool.program.ir import Op, Program, Tensor
+from rqtool.train.relax import Relaxation, slope_tables
+
+
+# -- random layers: shapes wider than those of programs.py ---------------------------------------------------------------
+@dataclass(frozen=True)
+class Layer:
+    """One reads operation with its input codes uint8 [N, C, H, W]."""
+
+    program: Program
+    x: np.ndarray
+
+    @property
+    def op(self) -> Op:
+        return self.program.ops[0]
+
+    @property
+    def plan(self) -> Plan:
+        return self.program.plan(self.op)
+
+
+def pick(rng: np.random.Generator, *options):
+    return options[rng.integers(len(options))]
+
+
+def random_macro(rng: np.random.Generator) -> Macro:
+    while True:
+        in_bits, w_bits, levels = int(rng.integers(1, 7)), int(rng.integers(2, 7)), pick(rng, "uniform", "uniform", "free")
+        scheme = pick(rng, "signed", "split", "offset")
+        try:
+            return Macro(
+                wl=int(rng.integers(1, 60)), adc_bits=int(rng.integers(1, 9)), in_bits=in_bits, w_bits=w_bits, sign_scheme=scheme, pack=pick(rng, "rows", "kernels"),
+                codebook=pick(rng, None, "sign-magnitude"), dac_bits=pick(rng, None, int(rng.integers(1, in_bits + 1))), cell_bits=pick(rng, None, int(rng.integers(1, w_bits))),
+                levels=levels, granularity="layer" if levels == "free" else pick(rng, "layer", "column", "tile"),
+            )  # fmt: skip
+        except ConfigError:
+            continue
+
+
+def random_geometry(rng: np.random.Generator) -> Geometry:
+    groups = pick(rng, 1, 1, 1, 2, 3, 5)
+    channels, columns = groups * int(rng.integers(1, 5)), groups * int(rng.integers(1, 7))
+    if rng.random() < 0.2:  # depthwise
+        channels = groups = int(rng.integers(1, 9))
+        columns = groups * int(rng.integers(1, 3))
+    two = lambda lo, hi: (int(rng.integers(lo, hi)), int(rng.integers(lo, hi)))  # noqa: E731
+    kernel = two(1, 8)
+    return Geometry(channels, columns, kernel, two(1, 4), (int(rng.integers(0, kernel[0])), int(rng.integers(0, kernel[1]))), two(1, 3), groups)
+
+
+def random_tables(rng: np.random.Generator, plan: Plan) -> dict[str, np.ndarray]:
+    macro, tiles, columns = plan.macro, len(plan.tiles), plan.geometry.columns
+    if macro.levels == "free":
+        thresholds = np.sort(rng.integers(macro.p_min, macro.p_max + 2, macro.top))
+        return {"thresholds": thresholds, "levels": np.sort(rng.integers(-32767, 32768, macro.top + 1))}
+    shape = {"layer": (1, 1), "column": (1, columns), "tile": pick(rng, (tiles, 1), (tiles, columns))}[macro.granularity]
+    step = np.exp(rng.uniform(0, np.log(max(2.0, (macro.p_max - macro.p_min) / (macro.top + 1))), shape))
+    gain = rng.integers(1, 128, shape) if macro.granularity == "tile" else np.ones((1, 1))
+    return {"mult": adc.snap(step, macro.shift), "zero": pick(rng, np.full((1, 1), macro.zero), rng.integers(0, macro.top + 1, shape)), "gain": gain}
+
+
+def random_layer(seed: int) -> Layer:
+    rng = np.random.default_rng(seed)
+    while True:
+        macro, g = random_macro(rng), random_geometry(rng)
+        try:
+            plan = Plan.make("layer", g, macro)
+        except ConfigError:
+            continue
+        size = tuple(d * (k - 1) + 1 - min(2 * p, d * (k - 1)) + int(rng.integers(0, 9)) for k, d, p in zip(g.kernel, g.dilation, g.padding))
+        if plan.reads_per_position * np.prod(g.out_size(*size)) < 200_000:
+            break
+    weight = rng.integers(-macro.q_w, macro.q_w + 1, (g.columns, g.channels // g.groups, *g.kernel)).astype(np.int8)
+    tables = {role: np.asarray(a).astype(np.int32) for role, a in random_tables(rng, plan).items()}
+    spec = {"kind": "free"} if macro.levels == "free" else {"kind": "uniform", "shift": macro.shift, "top": macro.top}
+    attrs = {"layer": "layer", "geometry": g.to_dict(), "pad": int(rng.integers(0, macro.q_x + 1)), "adc": spec}
+    consts = {"weight": weight, **tables}
+    tensors = {"x": Tensor("x", (g.channels, *size), 0, macro.q_x), "y": Tensor("y", (g.columns, *g.out_size(*size)), -plan.acc_bound, plan.acc_bound)}
+    program = Program(macro, "x", "y", tensors, (Op("reads", "layer", ("x",), "y", attrs, {role: role for role in consts}),), consts)
+    return Layer(program, rng.integers(0, macro.q_x + 1, (int(rng.integers(1, 5)), g.channels, *size)).astype(np.uint8))
+
+
+def spec_of(layer: Layer) -> ReadSpec:
+    """What the kernels get: the padding is in the input already."""
+    const = {role: layer.program.const(layer.op, role) for role in layer.op.consts}
+    free = layer.op.attrs["adc"]["kind"] == "free"
+    spec = free_level_spec(layer.plan, const["thresholds"], const["levels"]) if free else make_spec(layer.plan, const["mult"], const["zero"], const["gain"])
+    return replace(spec, geometry=replace(spec.geometry, padding=(0, 0)))
+
+
+def padded(layer: Layer) -> np.ndarray:
+    ph, pw = layer.plan.geometry.padding
+    return np.pad(layer.x, ((0, 0), (0, 0), (ph, ph), (pw, pw)), constant_values=layer.op.attrs["pad"]).astype(np.int64)
+
+
+def by_planes(layer: Layer, forward) -> np.ndarray:
+    """acc int64 through `forward(x, weight)` of each pair of planes."""
+    plan, x = layer.plan, padded(layer)
+    weight = layer.program.const(layer.op, "weight").astype(np.int64).reshape(plan.geometry.columns, -1)
+    pairs = [(a, b) for a in plan.input_planes for b in plan.weight_planes]
+    return sum(a.factor * b.factor * np.asarray(forward(extract(x, a), extract(weight, b))).astype(np.int64) for a, b in pairs)
+
+
+@settings(max_examples=200)
+@given(st.integers(0, 1 << 32))
+def test_every_accumulator_equals_golden(seed):
+    layer = random_layer(seed)
+    spec, expected = spec_of(layer), golden.run(layer.program, layer.x)["y"]
+    fused = by_planes(layer, lambda x, w: cpu.forward(x.astype(np.float32), w, spec, 1))
+    chunked = by_planes(layer, lambda x, w: reference.forward(torch.from_numpy(x).double(), torch.from_numpy(w), spec))
+    assert np.array_equal(chunked, expected)
+    assert np.array_equal(run.Reads(layer.program, layer.op)(torch.from_numpy(layer.x)).numpy(), expected)
+    if layer.plan.acc_bound < choose.FLOAT32_WHOLE:
+        assert np.array_equal(fused, expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_shared_cases_equal_golden(name):
+    program = layer_program(CASES[name], seed=3)
+    x = images(program, 3)
+    op = program.ops[0]
+    assert np.array_equal(run.Reads(program, op)(torch.from_numpy(x)).numpy(), golden.run(program, x)[op.output])
+
+
+def test_without_numba_the_chunked_carrier_gives_the_same(monkeypatch):
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    program = layer_program(CASES["tile_gains_sliced"])
+    x = images(program, 3)
+    reads = run.Reads(program, program.ops[0])
+    assert not reads.fast
+    assert np.array_equal(reads(torch.from_numpy(x)).numpy(), golden.run(program, x)[program.output])
+    assert choose.for_training(torch.zeros(1), None) is choose.Chunked
+
+
+def test_a_code_that_differs_is_not_certified(monkeypatch):
+    plan = layer_program(CASES["kernel_per_read"]).plan(layer_program(CASES["kernel_per_read"]).ops[0])
+    mult, zero = np.array([[513]]), np.array([[8]])
+    assert run.certified(plan, mult, zero)
+    right = cpu.codes
+    monkeypatch.setattr(cpu, "codes", lambda p, *adc: right(p, *adc) + (p == -945))
+    assert not run.certified(plan, mult, zero)
+
+
+def test_the_fused_carrier_is_left_where_float32_is_too_small():
+    """8-bit inputs and weights with large gains: a sum of values passes 2**24, the exact path is taken, and it equals golden."""
+    macro = Macro(in_bits=8, w_bits=8, adc_bits=8, wl=2, dac_bits=1, granularity="tile", sign_scheme="split")
+    g = Geometry(64, 2)
+    plan = Plan.make("layer", g, macro)
+    assert plan.acc_bound > choose.FLOAT32_WHOLE
+    rng = np.random.default_rng(0)
+    x, w = torch.from_numpy(rng.integers(0, 2, (2, 64, 3, 3))), torch.from_numpy(rng.integers(0, 128, (2, 64)))
+    spec = make_spec(plan, np.full((32, 1), 32767), np.zeros((1, 1)), np.full((32, 1), 127))
+    chunked = choose.exact_forward(x, w, spec, plan, True)
+    assert torch.equal(chunked, 127 * torch.einsum("nkyx,ok->noyx", x, w).int())
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+class Adc(torch.autograd.Function):
+    """step * (code - zero) of partial sums with the formulas of design page 3 written out, in float64.
+
+    p: [..], u = p / step; noise is added before the thresholds and stays out of u; slope: m'(u), or None for the hard code.
+    """
+
+    @staticmethod
+    def forward(ctx, p, step, rate, lo, hi, noise, slope):
+        u = p * rate
+        raw = torch.floor(u + 0.5 + noise)
+        ctx.save_for_backward(u, raw, lo, hi, slope)
+        return step * torch.minimum(torch.maximum(raw, lo), hi)
+
+    @staticmethod
+    def backward(ctx, gy):
+        u, raw, lo, hi, slope = ctx.saved_tensors
+        below, above = raw < lo, raw > hi
+        if slope is None:
+            d_p = torch.where(below | above, 0.0, 1.0)
+            d_step = torch.where(below, lo, torch.where(above, hi, raw - u))
+        else:
+            d_p = slope
+            d_step = torch.where(below, lo, torch.where(above, hi, raw)) - u * slope
+        return gy * d_p, gy * d_step, None, None, None, None, None
+
+
+def explicit_gradients(x, weight, spec: ReadSpec, gy, noise=0.0, slope_of=None):
+    """(dx, dw, dstep [T, O]) in float64 by autograd through unfold, one tile and one group at a time.
+
+    noise: 0 or float64 [N, T, O, L]; slope_of(p, t): slopes of p [N, columns of a group, L] in that tile.
+    """
+    g = spec.geometry
+    x, weight = (torch.from_numpy(np.asarray(a, np.float64)).requires_grad_() for a in (x, weight))
+    rate, lo, hi = (torch.from_numpy(a.astype(np.float64)) for a in (spec.rate, spec.lo, spec.hi))
+    step = torch.ones_like(rate).requires_grad_()
+    out = []
+    for group in range(g.groups):
+        channels = slice(group * g.channels // g.groups, (group + 1) * g.channels // g.groups)
+        columns = slice(group * g.group_columns, (group + 1) * g.group_columns)
+        rows = torch.nn.functional.unfold(x[:, channels], g.kernel, g.dilation, 0, g.stride)
+        y = 0
+        for t, (start, stop) in enumerate(spec.tiles):
+            p = torch.einsum("ok,nkl->nol", weight[columns, start:stop], rows[:, start:stop])
+            numbers = [a[t, columns].view(1, -1, 1) for a in (step, rate, lo, hi)]
+            slope = None if slope_of is None else slope_of(p.detach(), t)
+            y = y + Adc.apply(p, *numbers, torch.as_tensor(noise if np.isscalar(noise) else noise[:, t, columns]), slope)
+        out.append(y)
+    torch.cat(out, 1).backward(torch.from_numpy(gy.astype(np.float64)).flatten(2))
+    return tuple(a.grad.numpy() for a in (x, weight, step))
+
+
+def fused_backward(x, w, spec, gy):
+    return cpu.backward(x.astype(np.float32), w.astype(np.float32), spec, gy.astype(np.float32), 1)
+
+
+def chunked_backward(x, w, spec, gy):
+    return [a.numpy() for a in reference.backward(*(torch.from_numpy(np.asarray(a, np.float32)) for a in (x, w)), spec, torch.from_numpy(gy.astype(np.float32)))]
+
+
+CARRIERS = {"fused": fused_backward, "chunked": chunked_backward}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One pair of planes of a layer: padded codes x, weights w, the spec and a gradient to send back."""
+
+    x: np.ndarray
+    w: np.ndarray
+    spec: ReadSpec
+    gy: np.ndarray
+    macro: Macro
+
+
+def problem(seed: int) -> Problem:
+    """A random layer with uniform codes and small slope tables, read in one pair of planes."""
+    while (layer := random_layer(seed)).program.macro.levels == "free" or layer.program.macro.p_max > 2000:
+        seed += 1
+    plan, rng = layer.plan, np.random.default_rng(seed)
+    weight = layer.program.const(layer.op, "weight").astype(np.int64).reshape(plan.geometry.columns, -1)
+    gy = rng.standard_normal((layer.x.shape[0], *layer.program.tensors["y"].shape))
+    return Problem(extract(padded(layer), plan.input_planes[0]), extract(weight, plan.weight_planes[0]), spec_of(layer), gy, plan.macro)
+
+
+def close(got, expected, counted: float):
+    """Equal to 1e-5 of what was summed up: `counted` is the sum of magnitudes, the scale at which float32 can round."""
+    return np.abs(got - expected).max() <= 1e-5 * max(counted, 1e-30)
+
+
+def summed(case: Problem) -> tuple[float, float, float]:
+    """The sizes of the terms behind one entry of dx, dw and dstep."""
+    gy, (top,) = np.abs(case.gy), {max(np.abs(case.spec.lo).max(), case.spec.hi.max())}
+    return gy.max() * np.abs(case.w).sum(0).max(), gy.sum((0, 2, 3)).max() * max(1, case.x.max()), gy.sum((0, 2, 3)).max() * 2 * top
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+@settings(max_examples=40)
+@given(seed=st.integers(0, 1 << 32))
+def test_hard_gradients_are_the_straight_through_formulas(carrier, seed):
+    case = problem(seed)
+    got = CARRIERS[carrier](case.x, case.w, case.spec, case.gy)
+    for a, b, size in zip(got, explicit_gradients(case.x, case.w, case.spec, case.gy), summed(case)):
+        assert close(a, b, size)
+
+
+def noisy(case: Problem, tau: float = 0.3, seed: int = 7) -> Problem:
+    """The problem with noise and the exact slope, as a training step sets it up."""
+    zero = (-case.spec.lo).astype(np.int64)
+    tables = slope_tables(torch.from_numpy(case.spec.rate.astype(np.float64) * 2.0**case.macro.shift), torch.from_numpy(zero), case.macro.shift, case.macro.top, tau, case.macro.p_min, case.macro.p_max)
+    return replace(case, spec=replace(case.spec, tables=tables, noise=Relaxation(tau, seed).noise()))
+
+
+def fused_forward(x, w, spec):
+    return cpu.forward(x.astype(np.float32), w.astype(np.float32), spec, 1)
+
+
+def chunked_forward(x, w, spec):
+    return reference.forward(*(torch.from_numpy(np.asarray(a, np.float32)) for a in (x, w)), spec).numpy()
+
+
+FORWARD = {"fused": fused_forward, "chunked": chunked_forward}
+
+
+def drawn_codes(forward, case: Problem) -> np.ndarray:
+    """q float64 [N, T, O, L] of a noisy forward pass: one tile at a time, the others weighed with 0."""
+    tiles = []
+    for t in range(len(case.spec.tiles)):
+        gain = np.zeros_like(case.spec.gain)
+        gain[t] = 1
+        tiles.append(forward(case.x, case.w, replace(case.spec, gain=gain)))
+    return np.stack(tiles, 1).reshape(case.x.shape[0], len(tiles), case.gy.shape[1], -1).astype(np.float64)
+
+
+def partial_sums(case: Problem) -> np.ndarray:
+    """int64 [N, T, O, L]."""
+    g = case.spec.geometry
+    rows = golden.rows_of(case.x, g, 0).reshape(case.x.shape[0], g.groups, g.rows, -1)
+    w = case.w.reshape(g.groups, g.group_columns, -1)
+    tiles = [np.einsum("gok,ngkl->ngol", w[:, :, a:b], rows[:, :, a:b]).reshape(case.x.shape[0], g.columns, -1) for a, b in case.spec.tiles]
+    return np.stack(tiles, 1)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+@settings(max_examples=25)
+@given(seed=st.integers(0, 1 << 32))
+def test_noisy_gradients_use_the_codes_that_were_drawn(carrier, seed):
+    case = noisy(problem(seed))
+    q, p = drawn_codes(FORWARD[carrier], case), partial_sums(case)
+    tables, lo, hi = case.spec.tables, case.spec.lo[None, :, :, None], case.spec.hi[None, :, :, None]
+    assert ((lo <= q) & (q <= hi)).all()
+    slope = tables.slope[tables.row[None, :, :, None] if tables.row.shape == case.spec.rate.shape else 0, p - tables.p_min].astype(np.float64)
+    u = p * case.spec.rate.astype(np.float64)[None, :, :, None]
+    gy = case.gy.reshape(case.gy.shape[0], 1, case.gy.shape[1], -1)
+    got = CARRIERS[carrier](case.x, case.w, case.spec, case.gy)
+    assert close(got[2], (gy * (q - u * slope)).sum((0, 3)), summed(case)[2])
+    noise = q - np.floor(u + 0.5)  # any noise that leads to q; dx and dw depend on the slope alone
+    g = case.spec.geometry
+    grouped = lambda a: torch.from_numpy(a)  # noqa: E731
+    lines = {t: grouped(slope[:, t]) for t in range(len(case.spec.tiles))}
+    seen = iter([(group, t) for group in range(g.groups) for t in range(len(case.spec.tiles))])
+
+    def slope_of(p, t):
+        group, _ = next(seen)
+        return lines[t][:, group * g.group_columns : (group + 1) * g.group_columns]
+
+    for a, b, size in zip(got, explicit_gradients(case.x, case.w, case.spec, case.gy, grouped(noise), slope_of), summed(case)):
+        assert close(a, b, size)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_the_noise_of_both_passes_is_the_same_to_the_last_code(carrier, monkeypatch):
+    """With slope 0 and whole-number gradients, dstep is a sum of whole numbers: it must equal the forward pass's exactly."""
+    monkeypatch.setattr(reference, "CHUNK_VALUES", 5000)  # several chunks
+    plan = Plan.make("layer", Geometry(5, 6, (3, 3)), Macro(wl=16))
+    rng = np.random.default_rng(1)
+    x, w = rng.integers(0, 16, (9, 5, 13, 11)), rng.integers(-7, 8, (6, 45))
+    spec = make_spec(plan, np.array([[2047]]), np.array([[8]]), np.ones((1, 1)))
+    row = np.zeros((len(plan.tiles), 6), np.int64)
+    slope = Tables(plan.macro.p_min, row, np.zeros((1, plan.macro.p_max - plan.macro.p_min + 1), np.float32))
+    gy = rng.integers(-3, 4, (9, 6, 11, 9))
+    case = Problem(x, w, replace(spec, tables=slope, noise=Relaxation(0.3, 5).noise()), gy, plan.macro)
+    q = drawn_codes(FORWARD[carrier], case)
+    hard = drawn_codes(FORWARD[carrier], replace(case, spec=spec))
+    assert 0.2 < (q != hard).mean() < 0.7  # the noise is there
+    assert np.array_equal(CARRIERS[carrier](x, w, case.spec, gy)[2], (gy.reshape(9, 1, 6, -1) * q).sum((0, 3)))
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize(("mult", "zero", "top"), [(8191, 2, 3), (4681, 8, 15), (32767, 0, 15), (1365, 15, 15), (3277, 7, 14)])
+def test_gradients_on_both_clip_edges(carrier, mult, zero, top):
+    """One read of one row, every partial sum there is: the step's gradient changes from q - u to the end code at the right p."""
+    bits, codebook = (4, "sign-magnitude" if top == 14 else "twos") if top > 3 else (2, "twos")
+    macro = Macro(wl=1, in_bits=7, w_bits=2, adc_bits=bits, codebook=codebook)
+    assert macro.top == top
+    p = np.arange(-127, 128)
+    plan = Plan.make("layer", Geometry(1, 2), macro)
+    spec = make_spec(plan, np.array([[mult]]), np.array([[zero]]), np.ones((1, 1)))
+    low, high = -(zero * 2**15 + 2**14) // mult + 1, -(-((top - zero) * 2**15 + 2**14) // mult) - 1  # the outermost p that do not clip
+    inside = (p >= low) & (p <= high)
+    code = np.array([adc.uniform_code(int(v), mult, 15, zero, top) for v in p])
+    assert set(code[p < low]) <= {0} and set(code[p > high]) <= {top}
+    expected_step = np.where(inside, code - zero - p * mult / 2**15, code - zero)
+    for value in p:  # one partial sum at a time, so that dstep is one term
+        x, column = np.array([abs(value)]).reshape(1, 1, 1, 1), int(value < 0)
+        gy = np.zeros((1, 2, 1, 1))
+        gy[0, column] = 1.5
+        dx, dw, dstep = CARRIERS[carrier](x, np.array([[1], [-1]]), spec, gy)
+        n = int(value) + 127
+        sign = 1 - 2 * column
+        assert float(dx.flat[0]) == 1.5 * sign * inside[n]
+        assert float(dw[column, 0]) == 1.5 * abs(value) * inside[n]
+        assert float(dstep[0, column]) == pytest.approx(1.5 * expected_step[n], rel=1e-5, abs=1e-6)
+
+
+def test_table_gradients_do_not_move_the_step():
+    """Free levels: dp comes from the slope table, and there is no step to learn."""
+    plan = Plan.make("layer", Geometry(3, 5, (3, 3)), Macro(levels="free"))
+    rng = np.random.default_rng(2)
+    x, w, gy = rng.integers(0, 16, (2, 3, 6, 7)), rng.integers(-7, 8, (5, 27)), rng.standard_normal((2, 5, 4, 5))
+    spec = free_level_spec(plan, np.arange(-70, 80, 10), np.arange(-800, 800, 100))
+    slope = rng.random((1, plan.macro.p_max - plan.macro.p_min + 1)).astype(np.float32)
+    spec = replace(spec, tables=replace(spec.tables, slope=slope))
+    expected = explicit_gradients(x, w, spec, gy, 0.0, lambda p, t: torch.from_numpy(slope[0].astype(np.float64))[p.long() - plan.macro.p_min])
+    for backward in CARRIERS.values():
+        dx, dw, dstep = backward(x, w, spec, gy)
+        assert not dstep.any()
+        assert close(dx, expected[0], np.abs(gy).max() * np.abs(w).sum(0).max())
+        assert close(dw, expected[1], np.abs(gy).sum((0, 2, 3)).max() * 15)
+
+
+# -- threads, empty batches ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("with_noise", [False, True])
+def test_the_same_bits_on_one_and_two_threads(with_noise):
+    plan = Plan.make("layer", Geometry(6, 10, (3, 3), groups=2), Macro(granularity="tile"))
+    rng = np.random.default_rng(3)
+    x, w = rng.integers(0, 16, (11, 6, 14, 15)).astype(np.float32), rng.integers(-7, 8, (10, 27)).astype(np.float32)
+    tiles = len(plan.tiles)
+    spec = make_spec(plan, 2 * rng.integers(300, 3000, (tiles, 1)) + 1, np.array([[8]]), rng.integers(1, 128, (tiles, 1)))
+    gy = rng.standard_normal((11, 10, 12, 13)).astype(np.float32)
+    if with_noise:
+        spec = noisy(Problem(x, w, spec, gy, plan.macro)).spec
+    assert np.array_equal(cpu.forward(x, w, spec, 1), cpu.forward(x, w, spec, 2))
+    for one, two in zip(cpu.backward(x, w, spec, gy, 1), cpu.backward(x, w, spec, gy, 2)):
+        assert np.array_equal(one, two)
+
+
+def test_noise_differs_by_seed_column_and_tile():
+    plan = Plan.make("layer", Geometry(18, 4), Macro())
+    spec = make_spec(plan, np.array([[513]]), np.array([[8]]), np.ones((1, 1)))
+    zeros = np.zeros((1, 18, 16, 16), np.float32)
+    case = lambda seed: Problem(zeros, np.zeros((4, 18)), replace(spec, noise=Relaxation(1.0, seed).noise()), np.zeros((1, 4, 16, 16)), plan.macro)  # noqa: E731
+    drawn = np.concatenate([drawn_codes(fused_forward, case(seed)).reshape(8, -1) for seed in (1, 2)])
+    same = [(a == b).mean() for n, a in enumerate(drawn) for b in drawn[n + 1 :]]
+    assert len(same) == 120 and max(same) < 0.4  # two independent draws at temperature 1 agree in about a fifth
+
+
+@pytest.mark.parametrize("carrier", FORWARD)
+def test_large_seeds_are_as_good_as_small_ones(carrier):
+    plan = Plan.make("layer", Geometry(9, 4), Macro())
+    spec = make_spec(plan, np.array([[513]]), np.array([[8]]), np.ones((1, 1)))
+    noise = Relaxation(1.0, (1 << 80) + 3).noise()
+    y = FORWARD[carrier](np.zeros((1, 9, 4, 4)), np.zeros((4, 9)), replace(spec, noise=noise))
+    assert y.any()
+
+
+def test_an_image_of_one_position_and_columns_that_fill_no_strip():
+    plan = Plan.make("layer", Geometry(5, 3, kind="linear"), Macro(wl=2))
+    spec = make_spec(plan, np.array([[32767]]), np.array([[8]]), np.ones((1, 1)))
+    x, w = np.arange(5, dtype=np.float32).reshape(1, 5, 1, 1) % 2, np.array([[1, -1, 1, -1, 1], [0, 1, 0, 1, 0], [0, -1, 0, -1, 0]])
+    assert cpu.forward(x, w, spec, 2).ravel().tolist() == [-2, 2, -2]
