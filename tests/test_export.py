@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from programs import CASES, SAME, Builder, images, layer_program, network, random_layer
-from rqtool.errors import CheckError, ConfigError, InputError, StorageError
+from rqtool.errors import CheckError, ConfigError, InputError, RqError, StorageError
 from rqtool.export import metadata, replay
 from rqtool.export.layout import Layout, differing_codes
 from rqtool.export.onnx import to_onnx
 from rqtool.export.schema import FORMAT, SCHEMA, validate_schema
-from rqtool.export.validate import validate
+from rqtool.export.validate import load_onnx, validate
 from rqtool.export.vectors import AXES, hex_words, write_vectors
 from rqtool.export.verify import LEVELS, Report, compare, session, verify, verify_file, with_all_tensors
 from rqtool.hardware import adc
@@ -347,6 +348,14 @@ def changed(change: Any, program: Program | None = None, doc_change: Any = None)
     return model
 
 
+def resigned(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with a document that vouches for its changed graph, so that only running it can tell."""
+    doc = metadata.read(model)
+    doc["graph_sha256"] = metadata.graph_sha256(model)
+    model.metadata_props[0].value = json.dumps(doc)
+    return model
+
+
 def set_initializer(model: onnx.ModelProto, name: str, value: Any) -> None:
     tensor = next(t for t in model.graph.initializer if t.name == name)
     array = numpy_helper.to_array(tensor).copy()
@@ -411,7 +420,10 @@ def test_a_changed_graph_is_refused(change: Any, sentence: str) -> None:
         (lambda d: thresholds(d).__setitem__(3, 7), "layer0: the thresholds in the metadata do not follow from mult, shift and zero"),
         (lambda d: d["layers"][0]["weight"].update(sha256="0" * 64), "layer0: its cells are not the tensor that the metadata names"),
         (lambda d: d["layers"][0]["acc"].update(tensor="z"), "layer0: its node reads x and writes reads0.out, not x and z"),
-        (lambda d: d["layers"][0]["adc"].update(step_of=[[5]]), "layer0: the metadata contradicts itself (index 5 is out of bounds for axis 0 with size 1)"),
+        (
+            lambda d: d["layers"][0]["adc"].update(step_of=[[5]]),
+            "the graph and the metadata contradict each other (index 5 is out of bounds for axis 0 with size 1)",
+        ),
         (lambda d: reads(d).update(p_max=[1 << 40]), "layer0: its partial sums, -945..1099511627776, are beyond what float32 keeps exact at shift 15"),
     ],
 )
@@ -456,6 +468,35 @@ def test_node_copies_may_be_lost() -> None:
     validate(changed(no_copies, network(0)))
 
 
+def test_load_onnx_takes_files_and_nothing_else(tmp_path: Path) -> None:
+    model, path = to_onnx(network(0)), tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert load_onnx(path) == model
+    path.write_bytes(model.SerializeToString()[:-9])
+    with pytest.raises(InputError, match="m.onnx: is not an ONNX file, or is damaged; give a file that rqtool export wrote$"):
+        load_onnx(path)
+    model.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="m.onnx: keeps tensors in other files, which are not read; give a file that rqtool export wrote$"):
+        load_onnx(path)
+    with pytest.raises(InputError, match="n.onnx: no such file; did you mean '.*m.onnx'?"):
+        load_onnx(tmp_path / "n.onnx")
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 10**9), st.integers(0, 7))
+def test_flipped_bits_raise_only_our_errors(place: int, bit: int) -> None:
+    """In the nodes, functions and constants every flipped bit is found; in the JSON, a digit for people may pass."""
+    whole = bytearray(EXPORTED)
+    whole[place % len(whole)] ^= 1 << bit
+    try:
+        verify_file(onnx.ModelProto.FromString(bytes(whole)))
+    except (RqError, DecodeError):
+        pass
+
+
+EXPORTED = to_onnx(network(0)).SerializeToString(deterministic=True)
+
 # -- verify ------------------------------------------------------------------------------------------------------------------
 def test_verify_reports_what_it_compared() -> None:
     program = network(2)
@@ -479,7 +520,7 @@ def test_verify_names_the_first_tensor_that_differs() -> None:
     matmul = next(n for n in function.node if n.op_type == "MatMulInteger")
     matmul.input[2] = next(n.output[0] for n in function.node if n.output[0] == "c0_uint8")  # gains without their zero point
     with pytest.raises(CheckError) as e:
-        verify(model, program, x, batches=(2,), levels=("basic",))
+        verify(resigned(model), program, x, batches=(2,), levels=("basic",))
     assert re.fullmatch(
         r"onnxruntime, optimisation level basic, batch 2: tensor reads0\.out differs from the definition at \d+ of 300 integers, "
         r"first at \[0, 0, 0, \d\]: -?\d+, not -?\d+; please report this as a bug",
@@ -539,6 +580,8 @@ def test_a_changed_function_is_found_without_the_program() -> None:
         conv.input[2] = next(n.output[0] for n in model.functions[0].node if n.output[0] == "zero_code")
 
     with pytest.raises(CheckError, match=r"^onnxruntime, optimisation level disabled: tensor reads0.out differs from the definition at \d+ of 150 integers"):
+        verify_file(resigned(changed(swap)))
+    with pytest.raises(CheckError, match="^the sha256 of the graph's nodes is not the one in the metadata;"):
         verify_file(changed(swap))
     sentence = r"the metadata of layer0 contradicts itself \(.+\); export the file again"
     with pytest.raises(CheckError, match=f"^{sentence}$"):

@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, StringStringEntryProto, numpy_helper
+from onnx import ModelProto, NodeProto, StringStringEntryProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from rqtool import __version__
 from rqtool.errors import InputError
@@ -32,7 +32,7 @@ def sha256(array: np.ndarray) -> str:
 
 
 def document(program: Program, body: str, layouts: dict[str, tuple[Layout, str]], constants: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The document of a file.
+    """The document of a file, but for the digest of the graph that `attach` adds.
 
     body: what was asked for; layouts: per reads operation its layout and the body that its function has; constants: the
     initializers of the file by name, those of an operation named "operation/role".
@@ -179,8 +179,32 @@ def short(doc: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def graph_sha256(model: ModelProto) -> str:
+    """The digest of what the graph does: nodes, functions, and the names and types of its tensors; documentation is left out."""
+    functions = [(f.name, list(f.input), list(f.output), list(f.attribute), [_node(n) for n in f.node]) for f in model.functions]
+    types = [_typed(v) for values in (model.graph.input, model.graph.output, model.graph.value_info) for v in values]
+    opsets = sorted((o.domain, o.version) for o in model.opset_import)
+    return hashlib.sha256(repr(([_node(n) for n in model.graph.node], functions, types, opsets)).encode()).hexdigest()
+
+
+def _typed(value: ValueInfoProto) -> tuple[Any, ...]:
+    kind = value.type.tensor_type
+    return value.name, kind.elem_type, [d.dim_param or d.dim_value for d in kind.shape.dim]
+
+
+def _node(node: NodeProto) -> tuple[Any, ...]:
+    attributes = sorted((a.name, a.type, a.ref_attr_name or _plain(helper.get_attribute_value(a))) for a in node.attribute)
+    return node.domain, node.op_type, node.name, list(node.input), list(node.output), attributes
+
+
+def _plain(value: Any) -> str:
+    """An attribute's value as text; a tensor by its digest."""
+    return sha256(numpy_helper.to_array(value)) if isinstance(value, TensorProto) else repr(list(value) if hasattr(value, "__len__") else value)
+
+
 def attach(model: ModelProto, doc: dict[str, Any]) -> None:
-    """Write the document into the model, and its short copies to the nodes."""
+    """Write the document into the model with the digest of its graph, and its short copies to the nodes."""
+    doc["graph_sha256"] = graph_sha256(model)
     _write(model.metadata_props, doc)
     nodes = {node.name: node for node in model.graph.node}
     for layer in doc["layers"]:

@@ -37,7 +37,8 @@ def _record(**properties: Any) -> dict[str, Any]:
 
 TABLE = _list(_list(NATURAL, minItems=1), minItems=1)
 PAIR = _list(INTEGER, minItems=2, maxItems=2)
-END = {"tensor": TEXT, "dtype": {"type": "string", "enum": ["float32", "uint8", "int32"]}, "shape": _list(NATURAL), "lo": _maybe(INTEGER), "hi": _maybe(INTEGER)}
+DTYPE: dict[str, Any] = {"type": "string", "enum": ["float32", "uint8", "int32"]}
+END = {"tensor": TEXT, "dtype": DTYPE, "shape": _list(NATURAL), "lo": _maybe(INTEGER), "hi": _maybe(INTEGER)}
 GEOMETRY = _record(
     channels=POSITIVE, columns=POSITIVE, kernel=PAIR, stride=PAIR, padding=PAIR, dilation=PAIR, groups=POSITIVE,
     kind={"type": "string", "enum": ["conv1d", "conv2d", "linear"]},
@@ -74,8 +75,9 @@ LAYER = _record(
 )  # fmt: skip
 DOCUMENT = _record(
     format={"type": "string", "enum": [FORMAT]}, tool=_record(name=TEXT, version=TEXT), body={"type": "string", "enum": ["qlinear", "explicit"]},
-    macro=_record(preset=_maybe(TEXT), sha256=SHA256, fields=OBJECT), program=_record(sha256=SHA256, meta=OBJECT),
-    input=_record(**END), output=_record(**END, scale=_maybe({"type": "number"})), constants={"type": "object", "additionalProperties": SHA256}, layers=_list(LAYER),
+    macro=_record(preset=_maybe(TEXT), sha256=SHA256, fields=OBJECT), program=_record(sha256=SHA256, meta=OBJECT), graph_sha256=SHA256,
+    input=_record(**END), output=_record(**END, scale=_maybe({"type": "number"})),
+    constants={"type": "object", "additionalProperties": SHA256}, layers=_list(LAYER),
 )  # fmt: skip
 SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": FORMAT, **DOCUMENT}
 

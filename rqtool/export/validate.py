@@ -8,19 +8,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, NodeProto, TensorProto
 
-from rqtool.errors import CheckError, escaped
+from rqtool.errors import CheckError, InputError, escaped
 from rqtool.export import metadata
 from rqtool.export.emit import DOMAIN
 from rqtool.export.layout import by_read, differing_codes
 from rqtool.hardware import adc
+from rqtool.storage import read_file
 
 CONSTANT_ROLES = {"mult": "adc_mult", "zero": "adc_zero"}
+
+
+def load_onnx(path: str | Path) -> ModelProto:
+    """The parsed model of a file; nothing in it is executed. Raises InputError where it cannot be read, is no ONNX file, or keeps
+    tensors in other files (rqtool never writes those)."""
+    data = read_file(path)
+    try:
+        model = ModelProto.FromString(data)
+    except (DecodeError, ValueError) as e:
+        raise InputError(f"{escaped(path)}: is not an ONNX file, or is damaged; give a file that rqtool export wrote") from e
+    if any(t.data_location == TensorProto.EXTERNAL for t in model.graph.initializer):
+        raise InputError(f"{escaped(path)}: keeps tensors in other files, which are not read; give a file that rqtool export wrote")
+    return model
 
 
 def validate(model: ModelProto) -> dict[str, Any]:
@@ -29,14 +45,16 @@ def validate(model: ModelProto) -> dict[str, Any]:
     Raises InputError where the model is not one that rqtool wrote, CheckError naming the first thing that differs.
     """
     doc = metadata.read(model)
-    check_graph(model)
-    nodes, constants = _reads_nodes(model, doc), metadata.constants_of(model)
-    _check_constants(doc, constants)
-    for layer in doc["layers"]:
-        try:
+    try:
+        check_graph(model)
+        nodes, constants = _reads_nodes(model, doc), metadata.constants_of(model)
+        _check_constants(doc, constants)
+        for layer in doc["layers"]:
             _check_layer(doc, layer, nodes[layer["node"]], constants)
-        except (LookupError, TypeError, ValueError) as e:  # fields that follow the schema one by one, but not together
-            differs(f"{layer['layer']}: the metadata contradicts itself ({e})")
+        if metadata.graph_sha256(model) != doc["graph_sha256"]:
+            differs("the sha256 of the graph's nodes is not the one in the metadata")
+    except (LookupError, TypeError, ValueError, AttributeError) as e:  # parts that are well-formed one by one, but not together
+        differs(f"the graph and the metadata contradict each other ({e})")
     return doc
 
 
