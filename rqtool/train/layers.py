@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rqtool.errors import CheckError, escaped
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
 from rqtool.kernels.spec import ReadSpec, Tables, free_level_spec, make_spec, over_reads
@@ -117,6 +118,8 @@ class ReadLayer(nn.Module):
     def read(self, codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The sum over planes of the reads, in partial-sum units, less the offset scheme's input sum."""
         plan = self.plan
+        if not torch.isfinite(codes.detach().sum() + weight.detach().sum()):  # a kernel would look such a partial sum up beyond its tables
+            raise CheckError(f"{escaped(plan.name)}: its inputs or weights are not finite numbers, so a read has no code for them; lower --lr, or check the model's weights and the images")
         y, parts = 0, split_planes(weight, plan.weight_planes)
         call = self._free_call() if plan.macro.levels == "free" else self._uniform_call()
         for i, (a, x) in enumerate(zip(plan.input_planes, split_planes(codes, plan.input_planes))):

@@ -1,0 +1,239 @@
+"""Reads under autograd: planes hand gradients on exactly, and a layer's forward pass is made of the codes and steps that are served."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rqtool.errors import CheckError
+from rqtool.hardware import adc
+from rqtool.hardware.macro import Macro
+from rqtool.mapping.plan import Geometry, Plan
+from rqtool.mapping.planes import input_planes, weight_planes
+from rqtool.program import golden
+from rqtool.program.ir import Op, Program, Tensor
+from rqtool.train.frozen import frozen_layer
+from rqtool.train.layers import ReadLayer, adc_numbers
+from rqtool.train.reads import pad_codes, split_planes
+from rqtool.train.relax import Relaxation
+
+# Every way to cut weights and inputs, with partial sums that 8 bits hold at step 1.
+SCHEMES = {
+    "signed": Macro(wl=2, in_bits=3, w_bits=4),
+    "signed slices": Macro(wl=3, in_bits=3, w_bits=4, cell_bits=2),
+    "signed binary cells, bit-serial": Macro(wl=9, in_bits=3, w_bits=4, cell_bits=1, dac_bits=1),
+    "split": Macro(wl=2, in_bits=3, w_bits=4, sign_scheme="split"),
+    "split slices": Macro(wl=5, in_bits=3, w_bits=4, sign_scheme="split", cell_bits=2),
+    "split, bit-serial": Macro(wl=9, in_bits=3, w_bits=4, sign_scheme="split", dac_bits=2, cell_bits=1),
+    "offset": Macro(wl=2, in_bits=3, w_bits=4, sign_scheme="offset"),
+    "offset slices": Macro(wl=4, in_bits=3, w_bits=4, sign_scheme="offset", cell_bits=3),
+    "offset, bit-serial": Macro(wl=7, in_bits=4, w_bits=4, sign_scheme="offset", dac_bits=1, cell_bits=2),
+    "one bit inputs": Macro(wl=9, in_bits=1, w_bits=3),
+    "two bit weights": Macro(wl=9, in_bits=3, w_bits=2),
+}
+GEOMETRIES = {
+    "conv": Geometry(3, 5, (3, 3), padding=(1, 1)),
+    "strided groups": Geometry(4, 6, (3, 2), (2, 1), (1, 0), groups=2),
+    "dilated depthwise": Geometry(3, 6, (2, 2), dilation=(2, 1), groups=3),
+    "linear": Geometry(20, 4, kind="linear"),
+}
+
+
+def perfect(macro: Macro) -> Macro:
+    """The macro with an ADC of step 1 that nothing clips."""
+    macro = replace(macro, adc_bits=8, range="fixed", step=1.0, codebook=None)
+    assert macro.p_max <= (127 if macro.p_min < 0 else 255)
+    return macro
+
+
+def layer_of(macro: Macro, g: Geometry, seed: int = 0, zero: int = 0) -> ReadLayer:
+    """A layer with random weights, scales and steps."""
+    rng = torch.Generator().manual_seed(seed)
+    layer = ReadLayer(Plan.make("layer", g, macro), nn.Parameter(torch.randn(g.columns, g.channels // g.groups, *g.kernel, generator=rng)), nn.Parameter(torch.randn(g.columns, generator=rng)))
+    layer.weights.calibrate(layer.weight.detach().reshape(g.columns, -1))
+    layer.input.zero.fill_(zero)
+    with torch.no_grad():
+        layer.input.log_scale.fill_(np.log(0.21))
+        if not macro.ideal:
+            layer.log_step += torch.rand(layer.log_step.shape, generator=rng) * np.log(max(1.5, macro.p_max / 8)) if macro.range == "calibrated" else 0
+    return layer
+
+
+def codes_and_weights(macro: Macro, g: Geometry, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, macro.q_x + 1, (2, g.channels, *((1, 1) if g.kind == "linear" else (6, 7))))
+    return torch.from_numpy(x).float().requires_grad_(), torch.from_numpy(rng.integers(-macro.q_w, macro.q_w + 1, (g.columns, g.rows))).float().requires_grad_()
+
+
+# -- planes --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SCHEMES)
+def test_planes_add_up_and_hand_back_the_whole_gradient(name):
+    macro = SCHEMES[name]
+    for peak_low, peak_high, planes, offset in ((-macro.q_w, macro.q_w, weight_planes(macro), macro.weight_offset), (0, macro.q_x, input_planes(macro), 0)):
+        q = torch.arange(peak_low, peak_high + 1).float().requires_grad_()
+        parts = split_planes(q, planes)
+        assert torch.equal(sum(p.factor * part for p, part in zip(planes, parts)), q + offset)
+        g = torch.arange(q.numel()).float() - 3
+        sum(p.factor * part * g for p, part in zip(planes, parts)).sum().backward()
+        assert torch.allclose(q.grad, g, rtol=1e-6, atol=0)
+
+
+def test_the_gradient_of_a_weight_goes_to_its_own_polarity():
+    q = torch.tensor([-3.0, 0.0, 2.0]).requires_grad_()
+    positive, negative = split_planes(q, weight_planes(Macro(sign_scheme="split")))
+    (positive * torch.tensor([1.0, 10.0, 100.0]) + negative * torch.tensor([1000.0, 10000.0, 100000.0])).sum().backward()
+    assert q.grad.tolist() == [-1000, 10, 100]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_with_a_perfect_adc_reads_are_a_convolution_and_so_is_their_gradient(name, geometry):
+    macro, g = perfect(SCHEMES[name]), replace(GEOMETRIES[geometry], padding=(0, 0))
+    layer = layer_of(macro, g)
+    x, w = codes_and_weights(macro, g)
+    gy = torch.randn(2, g.columns, *g.out_size(*x.shape[2:]), generator=torch.Generator().manual_seed(2))
+    got = layer.read(x, w)
+    (got * gy).sum().backward()
+    grads = x.grad, w.grad
+    x.grad = w.grad = None
+    expected = F.conv2d(x, w.view(g.columns, -1, *g.kernel), None, g.stride, 0, g.dilation, g.groups)
+    (expected * gy).sum().backward()
+    planes = sum(abs(a.factor * b.factor) for a in layer.plan.input_planes for b in layer.plan.weight_planes)
+    step = 2**15 / 32767  # the representable step next to 1
+    offset = macro.weight_offset * layer.input_sum(x.detach())
+    assert torch.allclose(got, step * (expected + offset) - offset, rtol=1e-5, atol=1e-4 * planes)
+    for a, b in zip(grads, (x.grad, w.grad)):
+        assert torch.allclose(a, b, rtol=1e-5, atol=2e-5 * float(gy.abs().sum(0).max()) * planes)
+
+
+# -- the layer's forward pass --------------------------------------------------------------------------------------------
+MACROS = {
+    "layer": Macro(),
+    "column": Macro(granularity="column"),
+    "tile": Macro(granularity="tile"),
+    "split tile": Macro(granularity="tile", sign_scheme="split", wl=5),
+    "offset column": Macro(granularity="column", sign_scheme="offset"),
+    "serial slices": Macro(dac_bits=1, cell_bits=2),
+    "full": Macro(range="full", adc_bits=6),
+    "fixed": Macro(range="fixed", step=17.3),
+    "free": Macro(levels="free", adc_bits=3),
+    "free split": Macro(levels="free", sign_scheme="split"),
+    "many rows": Macro(wl=128, in_bits=2),
+}
+
+
+def program_of(layer: ReadLayer, size: tuple[int, int]) -> Program:
+    """The layer's frozen integers as a program of one operation on codes."""
+    frozen, g = frozen_layer(layer), layer.plan.geometry
+    bound = layer.plan.acc_bound
+    op = Op("reads", "y", ("x",), "y", {"layer": "y", "geometry": g.to_dict(), "pad": frozen.zero, "adc": frozen.adc}, {role: role for role in ("weight", *frozen.consts)})
+    tensors = {"x": Tensor("x", (g.channels, *size), 0, layer.plan.macro.q_x), "y": Tensor("y", (g.columns, *g.out_size(*size)), -bound, bound)}
+    return Program(layer.plan.macro, "x", "y", tensors, (op,), {"weight": frozen.weight, **frozen.consts})
+
+
+def with_levels(layer: ReadLayer, seed: int) -> ReadLayer:
+    macro, rng = layer.plan.macro, np.random.default_rng(seed)
+    if macro.levels == "free":
+        layer.thresholds.copy_(torch.from_numpy(np.sort(rng.choice(np.arange(macro.p_min + 1, macro.p_max), macro.top, replace=False))))
+        layer.levels.copy_(torch.from_numpy(np.sort(rng.integers(-3000, 3000, macro.top + 1))))
+    return layer
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("zero", [0, 5])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("name", MACROS)
+def test_the_forward_pass_is_the_frozen_integers_times_their_scales(name, geometry, zero, training):
+    macro, g = MACROS[name], GEOMETRIES[geometry]
+    zero = min(zero, macro.q_x)
+    layer = with_levels(layer_of(macro, g, zero=zero), 3).train(training)
+    x = torch.randn(2, g.channels, *((1, 1) if g.kind == "linear" else (6, 7)), generator=torch.Generator().manual_seed(4))
+    frozen = frozen_layer(layer)
+    codes = np.clip(np.floor(x.numpy() / np.float32(frozen.s_x) + frozen.zero + np.float32(0.5)), 0, macro.q_x).astype(np.int64)
+    acc = golden.run(program_of(layer, x.shape[2:]), codes)["y"]
+    per_column = (1, -1, 1, 1)
+    sums = golden.rows_of(codes, g, frozen.zero).sum(2).repeat(g.group_columns, 1)
+    real = acc * frozen.unit.reshape(per_column) - macro.weight_offset * sums - (zero * frozen.weight.reshape(g.columns, -1).sum(1, dtype=np.int64)).reshape(per_column)
+    expected = frozen.s_x * frozen.s_w.reshape(per_column) * real + frozen.bias.reshape(per_column)
+    got = layer(x).detach().numpy()
+    largest = np.abs(acc).max() * frozen.unit.max() + (macro.weight_offset + zero * macro.q_w) * sums.max()
+    assert np.abs(got - expected).max() <= 1e-6 * (np.abs(frozen.bias).max() + largest * frozen.s_x * frozen.s_w.max())
+
+
+@pytest.mark.parametrize("step", [0.2, 1.0, 1.7, 63.9, 945.0])
+def test_the_step_in_use_is_the_snapped_one(step):
+    numbers = adc_numbers(torch.tensor([[step]]).double().clamp(min=1), torch.tensor([[8]]), Macro())
+    mult = adc.snap(max(step, 1.0), 15)
+    assert numbers.mult.item() == mult and numbers.gain.item() == 1
+    assert numbers.step.item() == 2**15 / mult
+
+
+def test_tiles_share_a_unit_and_have_whole_gains():
+    numbers = adc_numbers(torch.tensor([[127.0], [30.2], [1.0], [0.3]]).double(), torch.tensor([[8]]), Macro(granularity="tile"))
+    assert numbers.gain.ravel().tolist() == [127, 30, 1, 1] and numbers.unit.tolist() == [1.0]
+    assert numbers.mult.ravel().tolist() == [adc.snap(float(s), 15) for s in (127, 30, 1, 1)]
+
+
+def test_an_ideal_adc_is_the_whole_number_convolution():
+    for scheme in SCHEMES.values():
+        macro, g = scheme.with_ideal_adc(), GEOMETRIES["strided groups"]
+        layer = layer_of(macro, g)
+        x = torch.randn(2, 4, 6, 7, generator=torch.Generator().manual_seed(4))
+        codes, w = pad_codes(layer.input(x), g.padding, 0), layer.weight_codes().view(6, 2, 3, 2)
+        expected = F.conv2d(codes, w, None, g.stride, 0, 1, 2) * (layer.input.scale * layer.weights.scale).view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+        assert torch.equal(layer(x), expected)
+
+
+# -- noise and steps ------------------------------------------------------------------------------------------------------
+def test_noise_is_drawn_in_training_only_and_repeats():
+    layer = layer_of(Macro(), GEOMETRIES["conv"])
+    x = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(5))
+    hard = layer.eval()(x)
+    layer.relaxation = Relaxation(0.5, 3)
+    assert torch.equal(layer(x), hard)
+    layer.train()
+    first, second = layer(x), layer(x)
+    assert torch.equal(first, second) and not torch.equal(first, hard)
+    layer.relaxation = Relaxation(0.5, 4)
+    assert not torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("name", ["layer", "column", "tile"])
+def test_a_step_learns_what_its_reads_say(name):
+    """At equal steps, what columns or tiles learn adds up to what a step for the whole layer learns."""
+    macro, g = Macro(granularity=name, adc_bits=3), Geometry(4, 6, (3, 3))
+    layer = layer_of(macro, g)
+    with torch.no_grad():
+        layer.log_step.fill_(np.log(127.0))
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(6))
+    layer(x).square().sum().backward()
+    assert layer.log_step.grad.shape == {"layer": (1, 1), "column": (1, 6), "tile": (4, 1)}[name]
+    whole = layer_of(replace(macro, granularity="layer"), g)
+    with torch.no_grad():
+        whole.log_step.fill_(np.log(127.0))
+    whole(x).square().sum().backward()
+    assert layer.log_step.grad.sum().item() == pytest.approx(whole.log_step.grad.item(), rel=0.01)  # a tile's step is gain * unit, not 2**S / M
+
+
+def test_a_fixed_range_is_not_learned():
+    assert not layer_of(Macro(range="full"), GEOMETRIES["conv"]).log_step.requires_grad
+    assert not layer_of(Macro(range="fixed", step=4), GEOMETRIES["conv"]).log_step.requires_grad
+    assert not layer_of(Macro(levels="free"), GEOMETRIES["conv"]).log_step.requires_grad
+    assert layer_of(Macro(), GEOMETRIES["conv"]).log_step.requires_grad
+
+
+@pytest.mark.parametrize("where", ["image", "weight"])
+def test_a_value_that_is_no_number_stops_the_layer(where):
+    layer = layer_of(Macro(), GEOMETRIES["conv"]).train()
+    layer.relaxation = Relaxation(0.3, 1)
+    x = torch.zeros(1, 3, 5, 5)
+    with torch.no_grad():
+        (x if where == "image" else layer.weight).view(-1)[7] = torch.nan
+    with pytest.raises(CheckError) as e:
+        layer(x)
+    assert str(e.value) == "layer: its inputs or weights are not finite numbers, so a read has no code for them; lower --lr, or check the model's weights and the images"
