@@ -419,6 +419,10 @@ def test_a_changed_graph_is_refused(change: Any, sentence: str) -> None:
         (lambda d: d["constants"].update(gone="0" * 64), "initializer gone is only in the metadata"),
         (lambda d: thresholds(d).__setitem__(3, 7), "layer0: the thresholds in the metadata do not follow from mult, shift and zero"),
         (lambda d: d["layers"][0]["weight"].update(sha256="0" * 64), "layer0: its cells are not the tensor that the metadata names"),
+        (lambda d: d["layers"][0]["geometry"].update(stride=[2, 1]), "layer0: the stride is [2, 1] in the metadata, but [1, 1] in the graph"),
+        (lambda d: d["layers"][0]["geometry"].update(padding=[9, 1]), "layer0: the padding is [9, 1, 9, 1] in the metadata, but [1, 1, 1, 1] in the graph"),
+        (lambda d: d["layers"][0]["input"].update(zero=3), "layer0: the padding code is 3 in the metadata, but 0 in the graph"),
+        (lambda d: d["layers"][0]["weight"].update(span=2), "layer0: the shape of the cells is [20, 2, 3, 3] in the metadata, but [20, 1, 3, 3] in the graph"),
         (lambda d: d["layers"][0]["acc"].update(tensor="z"), "layer0: its node reads x and writes reads0.out, not x and z"),
         (
             lambda d: d["layers"][0]["adc"].update(step_of=[[5]]),

@@ -36,11 +36,12 @@ def _record(**properties: Any) -> dict[str, Any]:
 
 
 TABLE = _list(_list(NATURAL, minItems=1), minItems=1)
-PAIR = _list(INTEGER, minItems=2, maxItems=2)
+PAIR = _list(NATURAL, minItems=2, maxItems=2)
+SIZES = _list(POSITIVE, minItems=2, maxItems=2)
 DTYPE: dict[str, Any] = {"type": "string", "enum": ["float32", "uint8", "int32"]}
 END = {"tensor": TEXT, "dtype": DTYPE, "shape": _list(NATURAL), "lo": _maybe(INTEGER), "hi": _maybe(INTEGER)}
 GEOMETRY = _record(
-    channels=POSITIVE, columns=POSITIVE, kernel=PAIR, stride=PAIR, padding=PAIR, dilation=PAIR, groups=POSITIVE,
+    channels=POSITIVE, columns=POSITIVE, kernel=SIZES, stride=SIZES, padding=PAIR, dilation=SIZES, groups=POSITIVE,
     kind={"type": "string", "enum": ["conv1d", "conv2d", "linear"]},
 )  # fmt: skip
 INPUT_PLANES = _record(factor=_list(POSITIVE), shift=_list(NATURAL), bits=_list(POSITIVE))

@@ -53,7 +53,7 @@ def validate(model: ModelProto) -> dict[str, Any]:
             _check_layer(doc, layer, nodes[layer["node"]], constants)
         if metadata.graph_sha256(model) != doc["graph_sha256"]:
             differs("the sha256 of the graph's nodes is not the one in the metadata")
-    except (LookupError, TypeError, ValueError, AttributeError) as e:  # parts that are well-formed one by one, but not together
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:  # parts that are well-formed one by one, but not together
         differs(f"the graph and the metadata contradict each other ({e})")
     return doc
 
@@ -113,10 +113,30 @@ def _check_layer(doc: dict[str, Any], layer: dict[str, Any], node: NodeProto, co
         differs(f"{name}: its cells are not the tensor that the metadata names")
     if (node.input[0], node.output[0]) != (layer["input"]["tensor"], layer["acc"]["tensor"]):
         differs(f"{name}: its node reads {node.input[0]} and writes {node.output[0]}, not {layer['input']['tensor']} and {layer['acc']['tensor']}")
+    _check_geometry(layer, {a.name: list(a.ints) or a.i for a in node.attribute}, constants)
     if layer["adc"]["kind"] == "uniform":
         _check_uniform(layer, node, constants)
     if layer["adc"]["kind"] == "free" and layer["adc"]["levels"] != constants[f"{layer['node']}/levels"].tolist():
         differs(f"{name}: the tensor {layer['node']}/levels is not the levels of the metadata")
+
+
+def _check_geometry(layer: dict[str, Any], attributes: dict[str, Any], constants: dict[str, np.ndarray]) -> None:
+    """Strides, padding and sizes of the document are those that the node has."""
+    g, weight, (top, left) = layer["geometry"], layer["weight"], layer["geometry"]["padding"]
+    pads = attributes["pads"] if "pads" in attributes else constants[f"{layer['node']}/code_pads"][[2, 3, 6, 7]].tolist()
+    reads = g["groups"] * len(weight["first_channel"]) * len(weight["planes"]["factor"]) * (layer["columns"] // g["groups"])
+    pairs = {
+        "stride": (g["stride"], attributes["strides"]),
+        "dilation": (g["dilation"], attributes["dilations"]),
+        "padding": ([top, left, top, left], pads),
+        "padding code": (layer["input"]["zero"] if any(g["padding"]) else 0, attributes.get("pad_code", 0)),
+        "number of tiles": (g["groups"] * len(weight["first_channel"]), attributes["group"]),
+        "number of columns": ([g["columns"], layer["columns"]], [attributes["acc_shape"][1]] * 2),
+        "shape of the cells": ([reads, weight["span"], *g["kernel"]], list(constants[weight["tensor"]].shape)),
+    }
+    for what, (described, built) in pairs.items():
+        if described != built:
+            differs(f"{layer['layer']}: the {what} is {described} in the metadata, but {built} in the graph")
 
 
 def _check_uniform(layer: dict[str, Any], node: NodeProto, constants: dict[str, np.ndarray]) -> None:

@@ -90,7 +90,7 @@ def verify_file(model: ModelProto, images: int = 1, seed: int = 0) -> int:
 def _replayed(layer: dict[str, Any], constants: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> np.ndarray:
     try:
         return replay.accumulators(layer, constants, values[layer["input"]["tensor"]])
-    except (LookupError, TypeError, ValueError) as e:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as e:
         raise CheckError(f"the metadata of {escaped(layer['layer'])} contradicts itself ({escaped(e)}); export the file again") from e
 
 
