@@ -38,6 +38,25 @@ def snap_scale(scale: torch.Tensor) -> torch.Tensor:
     return scale + (snapped.float() - scale).detach()
 
 
+class _Codes(torch.autograd.Function):
+    """clamp(floor(x / s + z + 1/2), 0, peak) in one pass; within range d/dx = 1 / s and d/d(log s) = -x / s, beyond it both are 0."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, log_scale: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, peak: int) -> torch.Tensor:
+        ctx.save_for_backward(x, scale, zero)
+        ctx.peak = peak
+        return (x / scale).add_(zero + 0.5).floor_().clamp_(0, peak)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        x, scale, zero = ctx.saved_tensors
+        u = x / scale
+        inside = (u >= -zero) & (u <= ctx.peak - zero)
+        dx = grad * inside
+        dlog = -torch.dot(dx.flatten(), u.flatten())
+        return dx.div_(scale), dlog, None, None, None
+
+
 class InputQuantizer(nn.Module):
     """Codes of a layer's input: one learned scale, a fixed zero code."""
 
@@ -54,7 +73,7 @@ class InputQuantizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Whole numbers 0..peak, float32, the shape of x."""
-        return round_ste((x / self.scale + self.zero).clamp(0, self.peak))
+        return _Codes.apply(x, self.log_scale, self.scale.detach(), self.zero, self.peak)
 
     @torch.no_grad()
     def calibrate(self, x: torch.Tensor) -> None:

@@ -45,7 +45,7 @@ class _Reads(torch.autograd.Function):
         """x [N, C, H, W] padded codes, weight [O, K], step [1 or T, 1 or O], unit [1 or O]: step = unit * gain."""
         ctx.spec, ctx.carrier = spec, choose.for_training(x, spec)
         ctx.save_for_backward(x, weight, step)
-        return ctx.carrier.forward(x, weight, spec) * unit.view(1, -1, 1, 1)
+        return ctx.carrier.forward(x, weight, spec).mul_(unit.view(1, -1, 1, 1))
 
     @staticmethod
     def backward(ctx, gy: torch.Tensor):
