@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import floor, log2
 
 import numpy as np
 import torch
@@ -19,12 +20,21 @@ from rqtool.errors import CheckError, escaped
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
 from rqtool.kernels.spec import ReadSpec, Tables, free_level_spec, make_spec, over_reads
-from rqtool.mapping.plan import Plan
+from rqtool.mapping.plan import FREE_LEVEL_PEAK, Plan
 from rqtool.train.quantizers import InputQuantizer, WeightQuantizer
 from rqtool.train.reads import pad_codes, reads, split_planes, table_reads, unpadded
 from rqtool.train.relax import Relaxation, slope_tables
 
-LEVEL_UNITS = 8  # a free level is a whole number of eighths of a partial-sum unit
+LEVEL_BITS = 3  # a free level is a whole number of eighths of a partial-sum unit
+
+
+def level_units(macro: Macro) -> float:
+    """Units of a free level in one partial-sum unit: 8, or the power of two at which the largest partial sum is a 16-bit level.
+
+    >>> level_units(Macro()), level_units(Macro(wl=128))
+    (8.0, 2.0)
+    """
+    return 2.0 ** min(LEVEL_BITS, floor(log2(FREE_LEVEL_PEAK / macro.p_max)))
 
 
 def group_shape(plan: Plan) -> tuple[int, int]:
@@ -106,9 +116,11 @@ class ReadLayer(nn.Module):
         if self.watch:
             self.watch(self, codes.detach(), weight.detach())
         y = self.exact(codes, weight) if macro.ideal else self.read(codes, weight)
-        y = y - (self.input.zero * weight.sum(1)).view(1, -1, 1, 1)
-        scale = (self.input.scale * self.weights.scale).view(1, -1, 1, 1)
-        return y * scale if self.bias is None else y * scale + self.bias.view(1, -1, 1, 1)
+        scale = self.input.scale * self.weights.scale
+        offset = -scale * self.input.zero * weight.sum(1)
+        if self.bias is not None:
+            offset = offset + self.bias
+        return torch.addcmul(offset.view(1, -1, 1, 1), y, scale.view(1, -1, 1, 1))
 
     def exact(self, codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """What an ideal ADC gives: the whole-number convolution (every sign scheme and slicing sums to it)."""
@@ -163,7 +175,7 @@ def with_noise(spec: ReadSpec, relax: Relaxation | None, pair: int) -> ReadSpec:
 def free_spec(plan: Plan, thresholds: torch.Tensor, levels: torch.Tensor) -> ReadSpec:
     """Free levels as tables over p: the level in partial-sum units, and slope 1 between the end levels, 0 beyond."""
     spec = free_level_spec(plan, thresholds.numpy(), levels.numpy())
-    value = spec.tables.value / LEVEL_UNITS
+    value = spec.tables.value / level_units(plan.macro)
     p = np.arange(plan.macro.p_min, plan.macro.p_max + 1, dtype=np.float32)
     inside = ((p >= np.floor(value.min())) & (p <= np.ceil(value.max()))).astype(np.float32)
     return replace(spec, tables=replace(spec.tables, value=value, slope=inside[None]))
