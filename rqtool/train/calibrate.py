@@ -16,7 +16,7 @@ from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
 from rqtool.model.network import Network
 from rqtool.train.histogram import partial_sum_histogram
-from rqtool.train.layers import LEVEL_UNITS, ReadLayer
+from rqtool.train.layers import ReadLayer, level_units
 from rqtool.train.reads import pad_codes
 from rqtool.train.rewrite import read_layers
 
@@ -52,13 +52,13 @@ def _squared_errors(p: np.ndarray, h: np.ndarray, mult: float, zeros: np.ndarray
 def optimal_levels(histogram: np.ndarray, macro: Macro) -> tuple[np.ndarray, np.ndarray]:
     """(thresholds [top], levels [top + 1]) of least squared error, by dynamic programming over the histogram [P].
 
-    Levels are integers in eighths of a partial-sum unit; the level of the cell that holds p = 0 is exactly 0 (design page 1).
+    Levels are integers, `level_units` of them in a partial-sum unit; the level of the cell that holds p = 0 is exactly 0 (design page 1).
     Thresholds are partial sums. Histograms of more than 1,024 different sums are merged to that many bins first.
     """
     p, h = _bins(histogram, macro)
     cost = _cell_costs(p, h)
     cuts = _best_cuts(cost, min(macro.top + 1, len(p)))
-    levels = [0 if (p[a] <= 0 <= p[b - 1]) else round(LEVEL_UNITS * float(h[a:b] @ p[a:b]) / max(1e-9, h[a:b].sum())) for a, b in zip(cuts, cuts[1:])]
+    levels = [0 if (p[a] <= 0 <= p[b - 1]) else round(level_units(macro) * float(h[a:b] @ p[a:b]) / max(1e-9, h[a:b].sum())) for a, b in zip(cuts, cuts[1:])]
     thresholds = [int(np.ceil((p[a - 1] + p[a]) / 2)) if p[a] > 0 else int(np.floor((p[a - 1] + p[a]) / 2)) + 1 for a in cuts[1:-1]]
     missing = macro.top + 1 - len(levels)  # fewer different sums than codes: the upper codes never occur
     return np.array(thresholds + [macro.p_max + 1 + i for i in range(missing)]), np.array(levels + [levels[-1]] * missing)
@@ -179,4 +179,5 @@ def reestimate_norms(network: Network, batches) -> None:
     network.eval()
     with batch_statistics(network):
         for x in batches:
-            network(x)
+            if len(x) > 1:  # the last batch may be a single image, which has no variance
+                network(x)

@@ -16,7 +16,7 @@ from rqtool.program.ir import Program
 from rqtool.program.run import Runner
 from rqtool.train.finetune import EVAL_BATCH, Feed
 from rqtool.train.histogram import partial_sum_histogram
-from rqtool.train.layers import LEVEL_UNITS, ReadLayer, group_shape
+from rqtool.train.layers import ReadLayer, group_shape, level_units
 from rqtool.train.rewrite import read_layers
 
 
@@ -53,7 +53,7 @@ def _clip_bounds(layer: ReadLayer) -> list[tuple[int, int]]:
     """(lowest, highest) partial sum within full scale, for each group of steps."""
     macro = layer.plan.macro
     if macro.levels == "free":
-        levels = layer.levels.numpy() / LEVEL_UNITS
+        levels = layer.levels.numpy() / level_units(macro)
         return [(int(np.floor(levels.min())), int(np.ceil(levels.max())))]
     numbers = layer.adc()
     zero = int(numbers.zero.view(-1)[0])
