@@ -506,7 +506,8 @@ def test_verify_reports_what_it_compared() -> None:
     program = network(2)
     report = verify(to_onnx(program), program, images(program, 3), batches=(1, 2, 5), levels=("disabled", "all"))
     sizes = [int(np.prod(program.tensors[op.output].shape)) for op in program.ops]
-    assert report == Report(3, ("disabled", "all"), (1, 2, 5), 25, 2 * 8 * (sum(sizes) + sizes[-1]), 4 * 1891, 27)
+    onnx_integers = 2 * (3 + 4 + 5) * (sum(sizes) + sizes[-1])  # two levels; batches of 2 and of 5 are filled up; all tensors, then the output
+    assert report == Report(3, ("disabled", "all"), (1, 2, 5), 25, 3 * sum(sizes) + onnx_integers, 4 * 1891, 27)
     assert report.describe().endswith("7564 codes enumerated; 27 reads replayed from the metadata")
     assert json.loads(json.dumps(report.to_dict()))["batches"] == [1, 2, 5]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import torch
 from onnx import ModelProto
 
 from rqtool.errors import CheckError, InputError, escaped
@@ -19,6 +20,7 @@ from rqtool.export import metadata, replay
 from rqtool.export.validate import enumerated, validate
 from rqtool.program import golden
 from rqtool.program.ir import Op, Program
+from rqtool.program.run import Runner
 
 LEVELS = {"disabled": 0, "basic": 1, "extended": 2, "all": 99}
 BATCHES = (1, 2, 5, 64)
@@ -43,7 +45,7 @@ class Report:
         """One sentence for people."""
         batches = ", ".join(map(str, self.batches))
         return (
-            f"{self.integers} integers of {self.tensors} tensors equal at {len(self.levels)} optimisation levels and batch {batches}; "
+            f"{self.integers} integers of {self.tensors} tensors equal in torch and in onnxruntime at {len(self.levels)} optimisation levels and batch {batches}; "
             f"{self.codes} codes enumerated; {self.reads} reads replayed from the metadata"
         )
 
@@ -51,7 +53,7 @@ class Report:
 def verify(model: ModelProto, program: Program, x: np.ndarray, batches: Sequence[int] = BATCHES, levels: Sequence[str] = tuple(LEVELS)) -> Report:
     """The report of a file that equals its program on the images x (uint8 or float32 [n, ...], n >= 1), bit for bit.
 
-    Larger batches than n repeat the images. levels: of `LEVELS`. Raises CheckError with the first tensor or read that differs,
+    The last batch is filled up with the first images. levels: of `LEVELS`. Raises CheckError with the first tensor or read that differs,
     InputError where the model is not an rqtool export or x does not fit.
     """
     check_images(program, x)
@@ -60,7 +62,8 @@ def verify(model: ModelProto, program: Program, x: np.ndarray, batches: Sequence
         raise CheckError("the file was exported from another program (their sha256 differ); export this one again")
     want = golden.run(program, x)
     views = (model, with_all_tensors(program, model))
-    integers = sum(_compare_runs(view, program, x, want, batches, level) for level in levels for view in views)
+    integers = _compare_torch(program, x, want, max(batches))
+    integers += sum(_compare_runs(view, program, x, want, batches, level) for level in levels for view in views)
     constants = metadata.constants_of(model)
     reads = sum(_compare_replay(layer, constants, program, op, want) for layer, op in zip(doc["layers"], program.reads()))
     codes = sum(enumerated(layer) for layer in doc["layers"])
@@ -132,13 +135,26 @@ def session(model: ModelProto, level: str) -> onnxruntime.InferenceSession:
 
 
 def _compare_runs(model: ModelProto, program: Program, x: np.ndarray, want: dict[str, np.ndarray], batches: Sequence[int], level: str) -> int:
-    """The integers compared in one run per batch, all in one session."""
+    """The integers compared when every image goes through at every batch size, all in one session."""
     names, runtime, count = [o.name for o in model.graph.output], session(model, level), 0
     for batch in batches:
-        chosen = np.arange(batch) % len(x)
-        for name, value in zip(names, runtime.run(names, {program.input: x[chosen]})):
-            compare(f"onnxruntime, optimisation level {level}, batch {batch}: tensor {name}", value, want[name][chosen])
-            count += value.size
+        for start in range(0, len(x), batch):
+            chosen = np.arange(start, start + batch) % len(x)
+            for name, value in zip(names, runtime.run(names, {program.input: x[chosen]})):
+                compare(f"onnxruntime, optimisation level {level}, batch {batch}: tensor {name}", value, want[name][chosen])
+                count += value.size
+    return count
+
+
+def _compare_torch(program: Program, x: np.ndarray, want: dict[str, np.ndarray], batch: int) -> int:
+    """The integers compared when every image goes through the torch carrier, which is what `eval` runs."""
+    runner, count = Runner(program), 0
+    for start in range(0, len(x), batch):
+        part = slice(start, start + batch)
+        values = runner.trace(torch.from_numpy(np.ascontiguousarray(x[part])))
+        for op in program.ops:
+            compare(f"torch: tensor {op.output}", values[op.output].numpy(), want[op.output][part])
+            count += values[op.output].numel()
     return count
 
 

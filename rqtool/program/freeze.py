@@ -108,6 +108,7 @@ class Freezer:
         self.ops: list[Op] = []
         self.constants: dict[str, np.ndarray] = {}
         self.values: dict[str, Value] = {}
+        self.scales: dict[str, list[float]] = {}  # the real value of one unit of each accumulator, for the metadata
 
     # -- writing ---------------------------------------------------------------------------------------------------------
     def emit(self, kind: str, name: str, inputs: tuple[str, ...], shape: tuple[int, ...], lo: int, hi: int, attrs: dict[str, Any], consts: dict[str, np.ndarray] | None = None) -> str:
@@ -175,7 +176,7 @@ class Freezer:
         value, name = self.values[self.graph.output], self.graph.output
         scale = GRID_MARGIN * max(self.peaks[name], 1e-12) / OUTPUT_PEAK
         output = self.requant(value, "output", scale, 0, -OUTPUT_PEAK, OUTPUT_PEAK)
-        program = Program(self.macro, self.graph.input, output, self.tensors, tuple(self.ops), self.constants, {"output_scale": scale, "islands": []})
+        program = Program(self.macro, self.graph.input, output, self.tensors, tuple(self.ops), self.constants, {"output_scale": scale, "scales": self.scales, "islands": []})
         check(program)
         return program
 
@@ -215,7 +216,8 @@ def _conv(f: Freezer, node: Node) -> Value:
     acc = f.emit("reads", node.name, (codes,), out, -bound, bound, attrs, {"weight": layer.weight, **layer.consts})
     scale = layer.s_x * layer.s_w
     terms = [(acc, per_channel(scale * layer.unit, 3))]
-    if f.macro.weight_offset and not f.macro.ideal:
+    f.scales[acc] = (scale * layer.unit).tolist()
+    if f.macro.weight_offset:
         terms.append((_input_sum(f, node, codes, g, layer.zero, out), per_channel(-scale * f.macro.weight_offset, 3)))
     offset = layer.bias - scale * layer.zero * layer.weight.reshape(g.columns, -1).sum(1, dtype=np.int64)
     return _from_image(f, node, Value(tuple(terms), per_channel(offset, 3), out))
