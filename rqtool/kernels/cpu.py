@@ -152,10 +152,10 @@ def _convert(acc, p, rate, lo, hi, gain):
 
 
 @njit(**_FAST)
-def _convert_noisy(acc, p, rate, lo, hi, gain, noise, at):
+def _convert_noisy(acc, p, rate, lo, hi, gain, noise):
     """The same with noise[at : at + BLOCK] codes, the 1/2 within, added before the thresholds."""
     for i in range(BLOCK):
-        q = np.floor(p[i] * rate + noise[at + i])
+        q = np.floor(p[i] * rate + noise[i])
         q = q if q > lo else lo
         q = q if q < hi else hi
         acc[i] += gain * q
@@ -165,7 +165,7 @@ def _convert_noisy(acc, p, rate, lo, hi, gain, noise, at):
 def _convert_table(acc, p, value, p_min):
     """acc += value[p - p_min]."""
     for i in range(BLOCK):
-        acc[i] += value[np.int32(p[i]) - p_min]
+        acc[i] += value[np.uint32(p[i] - p_min)]
 
 
 @njit(**_FAST)
@@ -184,25 +184,26 @@ def _slope_hard(d, p, gy, rate, lo, hi):
 
 
 @njit(**_FAST)
-def _slope_noisy(d, p, gy, rate, lo, hi, slope, p_min, noise, at):
-    """Hard sample, exact slope: d = gy * slope[p]; returns sum gy * (q - u * slope[p]) with the forward pass's noise."""
-    total = ZERO
-    for i in range(BLOCK):
-        u = p[i] * rate
-        q = np.floor(u + noise[at + i])
-        q = q if q > lo else lo
-        q = q if q < hi else hi
-        s = slope[np.int32(p[i]) - p_min]
-        d[i] = gy[i] * s
-        total += gy[i] * (q - u * s)
-    return total
-
-
-@njit(**_FAST)
 def _slope_table(d, p, gy, slope, p_min):
     """d = gy * slope[p]."""
     for i in range(BLOCK):
-        d[i] = gy[i] * slope[np.int32(p[i]) - p_min]
+        d[i] = gy[i] * slope[np.uint32(p[i] - p_min)]
+
+
+@njit(**_FAST)
+def _slope_noisy(d, p, gy, rate, lo, hi, slope, p_min, noise):
+    """Hard sample, exact slope: d = gy * slope[p]; returns sum gy * (q - u * slope[p]) with the forward pass's noise.
+
+    Two loops: the look-up does not vectorise, and would keep the rest from it."""
+    _slope_table(d, p, gy, slope, p_min)
+    total = ZERO
+    for i in range(BLOCK):
+        u = p[i] * rate
+        q = np.floor(u + noise[i])
+        q = q if q > lo else lo
+        q = q if q < hi else hi
+        total += gy[i] * q - u * d[i]
+    return total
 
 
 @njit(**_FAST)
@@ -283,7 +284,7 @@ def _forward(x, w, starts, adc, tables, noise, seed, shape, geo, stride, images,
                             _convert_table(acc[strip + i], p[i], value[table_row[t, o]], p_min)
                         elif noise.size:
                             at = _noise_at(seed, t, o, first)
-                            _convert_noisy(acc[strip + i], p[i], rate[t, o], lo[t, o], hi[t, o], gain[t, o], noise, at)
+                            _convert_noisy(acc[strip + i], p[i], rate[t, o], lo[t, o], hi[t, o], gain[t, o], noise[at : at + BLOCK])
                         else:
                             _convert(acc[strip + i], p[i], rate[t, o], lo[t, o], hi[t, o], gain[t, o])
             for i in range(columns):
@@ -326,7 +327,7 @@ def _backward(x, w, starts, adc, tables, noise, seed, shape, geo, stride, images
                         o = g * columns + min(strip + i, columns - 1)  # a padded column has weight 0 and gradient 0
                         if noise.size:
                             at = _noise_at(seed, t, o, first)
-                            ds = _slope_noisy(d[i], p[i], grad[strip + i], rate[t, o], lo[t, o], hi[t, o], slope[table_row[t, o]], p_min, noise, at)
+                            ds = _slope_noisy(d[i], p[i], grad[strip + i], rate[t, o], lo[t, o], hi[t, o], slope[table_row[t, o]], p_min, noise[at : at + BLOCK])
                         elif slope.size:
                             _slope_table(d[i], p[i], grad[strip + i], slope[table_row[t, o]], p_min)
                             ds = ZERO
@@ -386,7 +387,7 @@ def _arguments(spec: ReadSpec, table: str, height: int, width: int) -> tuple:
     return (
         np.array([start for start, _ in spec.tiles], np.int64),
         (spec.rate, spec.lo, spec.hi, spec.gain),
-        (tables.row, chosen, tables.p_min) if chosen is not None else (_NO_ROWS, _NO_TABLE, 0),
+        (tables.row, chosen, np.float32(tables.p_min)) if chosen is not None else (_NO_ROWS, _NO_TABLE, ZERO),
         noise.draws + HALF if noise else _NO_FLOATS,  # one sum in each pass, so that no compiler can round the two differently
         noise.seed if noise else 0,
         (g.rows, height, width),
