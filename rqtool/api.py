@@ -5,8 +5,11 @@
     export_onnx   a .rq file -> an ONNX file, proved equal bit for bit
     plan          a model or .rq file -> tiles, reads, cycles; no data needed
     inspect       any file rqtool reads -> what it holds; nothing in it is executed
-    presets       the macros that have a name
+    verify        a .rq or .onnx file -> what was found right; raises CheckError where anything is not
+    operations    what of a model is understood, and what an integer program is made of
     run_demo      the whole job on an embedded model and data set
+
+`presets` is in hardware/macro.py and `doctor` in report/doctor.py: they need no model, so they need no torch.
 
 Results are dataclasses of plain data with `to_json()`. A `progress` has one method, `stage(name, total)`: a context manager that
 gives a function to call with the number of units done and a note.
@@ -28,18 +31,21 @@ from torch import nn
 
 from rqtool import checkpoint
 from rqtool.checkpoint import Checkpoint
-from rqtool.errors import CheckError, ConfigError, InputError, escaped
-from rqtool.hardware import macro as macros
+from rqtool.errors import CheckError, ConfigError, InputError, StorageError, escaped
 from rqtool.hardware.macro import Macro
-from rqtool.mapping.plan import Plan
-from rqtool.model.capture import capture
+from rqtool.kernels import choose
+from rqtool.kernels.spec import make_spec
+from rqtool.mapping.plan import Geometry, Plan
+from rqtool.model.capture import LIFT, capture
 from rqtool.model.data import Data, Images, Preprocess, held_out, load_data, subset
 from rqtool.model.graph import Graph
 from rqtool.model.load import load_model
 from rqtool.model.network import Network
 from rqtool.model.zoo import ZOO
+from rqtool.program import golden
 from rqtool.program.freeze import Norm
-from rqtool.program.ir import Program
+from rqtool.program.ir import ATTRIBUTES, Program
+from rqtool.program.run import Runner, certified
 from rqtool.storage import check_writable, write_atomic
 from rqtool.train.calibrate import calibrate
 from rqtool.train.finetune import Candidate, Feed, Recipe, consider_norms, finetune, steps_per_epoch, top1
@@ -181,7 +187,7 @@ def quantize(
     arch: str | None = None,
     out: str | Path | None = None,
     recipe: Recipe | None = None,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | dict[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
     twin: bool = True,
     force: bool = False,
@@ -191,6 +197,7 @@ def quantize(
 
     model: a file, a built-in name or a torch module (it is not changed). data: as `load_data` reads it; needs training images.
     input_shape: what one image is for the model, (C, H, W), (C, L) or (F,), where it is not what the data set says.
+    preprocess: what a pixel is worth; a dictionary changes only those fields of the default for this data set.
     twin: also train the ideal-ADC twin equally long, which shows what the ADC alone costs. Raises RqError's kinds.
     """
     started, macro, recipe, progress = time.monotonic(), macro or Macro(), recipe or Recipe(), progress or Silent()
@@ -198,6 +205,7 @@ def quantize(
         check_writable(out, force)
     job = prepare(model, data, arch, recipe, preprocess, input_shape, progress)
     plans(job.network.graph, macro)  # what the macro cannot hold is refused before any work
+    ready_kernels(progress, training=recipe.epochs > 0)
     with progress.stage("float model", 1) as done:
         float_top1 = top1(job.network, job.test)[0]
         done()
@@ -212,6 +220,22 @@ def quantize(
     if out is not None:
         _checkpoint(network, saved, job, recipe, result).save(out, force)
     return result
+
+
+def ready_kernels(progress: Any, training: bool) -> None:
+    """Make the fused kernels ready in a stage of their own: numba compiles them on first use (seconds) and keeps them for later runs."""
+    if not choose.numba_available():
+        return
+    plan, one = Plan.make("one read", Geometry(1, 1), Macro()), np.ones((1, 1), np.int64)
+    spec, x = make_spec(plan, one, one, one), torch.ones(1, 1, 1, 1)
+    with progress.stage("kernels (compiled on first use)", 3) as done:
+        certified(plan, one, one)
+        done()
+        choose.Fused.forward(x, x[0, 0], spec)
+        done()
+        if training:
+            choose.Fused.backward(x, x[0, 0], spec, x)
+        done()
 
 
 def fit(model: nn.Module, data: Data, input_shape: tuple[int, ...] | None) -> tuple[Network, Data]:
@@ -233,7 +257,13 @@ def fit(model: nn.Module, data: Data, input_shape: tuple[int, ...] | None) -> tu
 
 
 def prepare(
-    model: str | Path | nn.Module, data: str | Data, arch: str | None, recipe: Recipe, preprocess: Preprocess | None, input_shape: tuple[int, ...] | None, progress: Any
+    model: str | Path | nn.Module,
+    data: str | Data,
+    arch: str | None,
+    recipe: Recipe,
+    preprocess: Preprocess | dict[str, Any] | None,
+    input_shape: tuple[int, ...] | None,
+    progress: Any,
 ) -> Job:
     """Read and capture the model, read the data, and split it; raises InputError where they do not fit together."""
     with progress.stage("reading", 2) as done:
@@ -244,7 +274,8 @@ def prepare(
         network, data = fit(load_model(model, arch), data, input_shape)
         done()
     _check_classes(network, data)
-    preprocess = preprocess or Preprocess.of(data.train)
+    if not isinstance(preprocess, Preprocess):
+        preprocess = replace(Preprocess.of(data.train), **(preprocess or {}))
     mult, add = preprocess.affine(data.train.shape[0])
     count = recipe.held_out or min(HELD_OUT_PEAK, max(1, len(data.train) // 10))
     rest, held = held_out(data.train, count, recipe.seed)
@@ -312,13 +343,12 @@ def evaluate(
     saved = checkpoint.load(source)
     images, measured_on = _images_for(saved, load_data(data) if isinstance(data, str) else data, limit)
     program = saved.program if adc == "real" else ideal_program(saved)
+    ready_kernels(progress, training=False)
     with progress.stage("integer program", len(images)) as done:
         found = predictions(program, images, done)
     accuracy = percent(found == images.y)
     if min_acc is not None and accuracy < min_acc:
         raise CheckError(f"{escaped(source)}: top-1 is {accuracy:.2f} % on {len(images)} images, below --min-acc {min_acc:g}")
-    from rqtool.program.run import Runner
-
     return Evaluated(str(source), accuracy, len(images), adc, measured_on, program.macro, round(time.monotonic() - started, 1), Runner(program).fast)
 
 
@@ -397,7 +427,7 @@ def _sample_images(saved: Checkpoint, data: str | Data | None, count: int) -> np
     return random.normal(0, saved.peaks[saved.network.graph.input] / 3, (count, *spec.shape)).astype(np.float32)
 
 
-# -- plan, inspect, presets ------------------------------------------------------------------------------------------
+# -- plan, inspect, verify -------------------------------------------------------------------------------------------
 def plan(model: str | Path | nn.Module, macro: Macro | None = None, *, arch: str | None = None, input_shape: tuple[int, ...] | None = None) -> Planned:
     """The reads of a model on a macro, for one image; no data needed.
 
@@ -437,8 +467,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
     from rqtool.model.load import state_of
 
     state = state_of(path)
+    if suffix == ".safetensors":  # which keeps no order
+        state = dict(sorted(state.items()))
     tensors = [{"name": escaped(k), "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for k, t in state.items()]
-    return {"command": "inspect", "source": str(path), "kind": "weights", "parameters": sum(t.numel() for t in state.values()), "tensors": tensors}
+    return {"command": "inspect", "source": str(path), "kind": "weights", "values": sum(t.numel() for t in state.values()), "tensors": tensors}
 
 
 def _inspect_rq(saved: Checkpoint, path: str | Path) -> dict[str, Any]:
@@ -454,13 +486,44 @@ def _inspect_onnx(path: str | Path) -> dict[str, Any]:
     return {"command": "inspect", "source": str(path), "kind": "onnx", "metadata": metadata.read(load_onnx(path))}
 
 
-def presets() -> list[dict[str, Any]]:
-    """Every preset: name, about, source, and the macro it makes."""
-    rows = []
-    for name in macros.preset_names():
-        table = macros.preset(name)
-        rows.append({"name": name, "about": table["about"], "source": table["source"], "macro": macros.make_macro(name).to_dict()})
-    return rows
+def verify(path: str | Path) -> dict[str, Any]:
+    """What was checked of a .rq or .onnx file and found right, as plain data. Raises InputError where it cannot be read, CheckError
+    where it is not what rqtool wrote or computes.
+
+    .rq: every hash, the program's structure, and every integer of one random image against the definition. .onnx: the graph, the
+    metadata, their hashes and ADC codes, and every accumulator of one random image, by onnxruntime and by the metadata alone.
+    """
+    suffix = Path(path).suffix
+    if suffix not in (".rq", ".onnx"):
+        raise InputError(f"{escaped(path)}: is no kind of file that rqtool writes; give a .rq or .onnx file")
+    checked = _verify_rq(path) if suffix == ".rq" else _verify_onnx(path)
+    return {"source": str(path), "kind": suffix[1:], **checked}
+
+
+def _verify_rq(path: str | Path) -> dict[str, Any]:
+    saved = checkpoint.load(path)
+    x = _sample_images(saved, None, 1)
+    want, got = golden.run(saved.program, x), Runner(saved.program).trace(torch.from_numpy(x))
+    for name, values in want.items():
+        if not np.array_equal(values, got[name].numpy()):
+            raise CheckError(f"{escaped(path)}: tensor {escaped(name)} differs from the definition on a random image; please report this as a bug")
+    return {"program_sha256": saved.program.sha256(), "tensors": len(want), "integers": int(sum(values.size for values in want.values()))}
+
+
+def _verify_onnx(path: str | Path) -> dict[str, Any]:
+    from rqtool.export.validate import enumerated, load_onnx, validate
+    from rqtool.export.verify import verify_file
+
+    model = load_onnx(path)
+    doc = validate(model)
+    codes = sum(enumerated(layer) for layer in doc["layers"])
+    return {"program_sha256": doc["program"]["sha256"], "layers": len(doc["layers"]), "codes": codes, "accumulators": verify_file(model)}
+
+
+def operations() -> dict[str, Any]:
+    """The aten operations that are understood in a model, the operations of an integer program, and the built-in networks."""
+    networks = [{"name": name, "input_shape": list(entry.shape), "about": entry.about} for name, entry in ZOO.items()]
+    return {"command": "ops", "model": sorted(LIFT), "program": {kind: sorted(names) for kind, names in ATTRIBUTES.items()}, "networks": networks}
 
 
 # -- demo ------------------------------------------------------------------------------------------------------------
@@ -483,8 +546,6 @@ def run_demo(folder: str | Path = "rqtool-demo", *, macro: Macro | None = None, 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        from rqtool.errors import StorageError
-
         raise StorageError(f"{escaped(folder)}: cannot be made ({e.strerror}); name another folder") from e
     rq, onnx = folder / "demo.rq", folder / "demo.onnx"
     quantized = quantize("demo", "demo", macro, out=rq, recipe=recipe, force=True, progress=progress)

@@ -210,6 +210,16 @@ def preset(name: str) -> dict[str, Any]:
     return tomllib.loads(resources.files("rqtool.hardware").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8"))
 
 
+def presets() -> list[dict[str, Any]]:
+    """Every preset: name, about, source, and the macro it makes.
+
+    >>> [row["name"] for row in presets()]
+    ['default', 'nthu-2019']
+    """
+    rows = ((name, preset(name)) for name in preset_names())
+    return [{"name": name, "about": table["about"], "source": table["source"], "macro": Macro(**table["macro"]).to_dict()} for name, table in rows]
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The [macro] table of a TOML file. Raises InputError where it cannot be read or parsed."""
     try:

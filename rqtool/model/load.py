@@ -57,16 +57,8 @@ def load_model(source: str | Path | nn.Module, arch: str | None = None) -> nn.Mo
         return source
     if str(source) == "demo":
         return load_model(Path(str(resources.files("rqtool.demo").joinpath("demo.safetensors"))), arch or "demo")
-    path, where = Path(source), escaped(source)
-    data = read_file(path)
-    suffix = path.suffix.lower()
-    if suffix == ".rq":
-        raise InputError(f"{where}: {REFUSED['.rq']}; use it with rqtool eval, train or export, or give the float model")
-    if suffix in REFUSED:
-        raise InputError(f"{where}: {REFUSED[suffix]}; {ONLY_STATE}")
-    if suffix != ".safetensors" and suffix not in TORCH_SUFFIXES:
-        raise InputError(f"{where}: is no kind of model this version reads; give a file ending in {', '.join((*TORCH_SUFFIXES[:3], '.safetensors'))}")
-    found = find_weights(_read_safetensors(data, where) if suffix == ".safetensors" else read_torch(data, where), where)
+    where = escaped(source)
+    found = find_weights(_read(Path(source)), where)
     if isinstance(found, nn.Module) and arch is not None:
         found = found.state_dict()
     net = found if isinstance(found, nn.Module) else _fill(build(arch, where), found, where, arch)
@@ -81,7 +73,33 @@ def _finish(net: nn.Module, where: str) -> nn.Module:
     return net
 
 
+def state_of(source: str | Path) -> dict[str, torch.Tensor]:
+    """The names and tensors of a model file, in its own types, without making any network of it.
+
+    A whole network gives the names its `state_dict()` would have. Raises InputError as `load_model` does.
+    """
+    loaded, where = _unwrapped(_read(Path(source))), escaped(source)
+    if not isinstance(loaded, Record):
+        return find_weights(loaded, where)
+    try:
+        return dict(_tensors_of(loaded, where))
+    except RecursionError as e:
+        _refuse_depth(where, e)
+
+
 # -- reading -----------------------------------------------------------------------------------------------------------
+def _read(path: Path) -> Any:
+    """What a model file holds: plain data, tensors and records. Any other kind of file is refused."""
+    data, suffix, where = read_file(path), path.suffix.lower(), escaped(path)
+    if suffix == ".rq":
+        raise InputError(f"{where}: {REFUSED['.rq']}; use it with rqtool eval, train or export, or give the float model")
+    if suffix in REFUSED:
+        raise InputError(f"{where}: {REFUSED[suffix]}; {ONLY_STATE}")
+    if suffix != ".safetensors" and suffix not in TORCH_SUFFIXES:
+        raise InputError(f"{where}: is no kind of model this version reads; give a file ending in {', '.join((*TORCH_SUFFIXES[:3], '.safetensors'))}")
+    return _read_safetensors(data, where) if suffix == ".safetensors" else read_torch(data, where)
+
+
 def _read_safetensors(data: bytes, where: str) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(data)
@@ -209,6 +227,19 @@ def rebuild(record: Record, where: str, path: str = "", made: dict[int, nn.Modul
     return layer
 
 
+def _tensors_of(record: Record, where: str, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """The names and tensors of a record and of those below it, which stay records."""
+    if id(record) in above:
+        _refuse_layer(where, path, "contains itself")
+    state = _checked_state(record, where, path)
+    hidden = state.get("_non_persistent_buffers_set", ())
+    own = {**state["_parameters"], **{name: t for name, t in state["_buffers"].items() if name not in hidden}}
+    yield from ((f"{path}.{name}".strip("."), t.detach()) for name, t in own.items() if t is not None)
+    for name, inside in state["_modules"].items():
+        if inside is not None:
+            yield from _tensors_of(inside, where, f"{path}.{name}".strip("."), (*above, id(record)))
+
+
 def _refuse_layer(where: str, path: str, what: str, cause: Exception | None = None) -> NoReturn:
     layer = f"its layer '{escaped(path)}'" if path else "the network"
     raise InputError(f"{where}: is refused, for {layer} {what}; {ONLY_STATE}") from cause
@@ -266,9 +297,7 @@ def is_plain_tensor(t: torch.Tensor) -> bool:
 def find_weights(loaded: Any, where: str) -> nn.Module | dict[str, torch.Tensor]:
     """The network, or the state dictionary, in what a file held; looks under the usual names of a training checkpoint (WRAPPERS,
     in that order). Raises InputError where there is neither."""
-    for _ in range(MAX_WRAPPERS):
-        inside = [loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), (Mapping, Record))] if isinstance(loaded, Mapping) else []
-        loaded = inside[0] if inside else loaded
+    loaded = _unwrapped(loaded)
     if isinstance(loaded, Record):
         return _whole_network(loaded, where)
     if isinstance(loaded, Mapping) and loaded and all(isinstance(v, torch.Tensor) for v in loaded.values()):
@@ -276,11 +305,22 @@ def find_weights(loaded: Any, where: str) -> nn.Module | dict[str, torch.Tensor]
     raise InputError(f"{where}: holds {_contents(loaded)}, neither a state dictionary nor a network; {ONLY_STATE}")
 
 
+def _unwrapped(loaded: Any) -> Any:
+    for _ in range(MAX_WRAPPERS):
+        inside = [loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), (Mapping, Record))] if isinstance(loaded, Mapping) else []
+        loaded = inside[0] if inside else loaded
+    return loaded
+
+
 def _whole_network(record: Record, where: str) -> nn.Module:
     try:
         return rebuild(record, where).float().eval()
     except RecursionError as e:
-        raise InputError(f"{where}: its layers are nested too deeply; {ONLY_STATE}") from e
+        _refuse_depth(where, e)
+
+
+def _refuse_depth(where: str, cause: RecursionError) -> NoReturn:
+    raise InputError(f"{where}: its layers are nested too deeply; {ONLY_STATE}") from cause
 
 
 def _contents(loaded: Any) -> str:

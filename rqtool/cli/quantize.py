@@ -1,0 +1,42 @@
+"""rqtool quantize: a trained model and a data set -> a .rq file and its closing figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import rqtool
+from rqtool.cli import values
+from rqtool.cli.options import MACRO, PIXELS, RECIPE, Arch, DataSource, Force, InputShape, Threads, argument, macro_of, option, shows, takes, use_threads
+from rqtool.cli.progress import make_progress
+from rqtool.report import results
+
+
+@shows(results.quantized)
+@takes("recipe", RECIPE, "Fine-tuning")
+@takes("pixels", PIXELS, "Pixels")
+@takes("macro", MACRO, "Macro")
+def quantize(
+    model: Annotated[str, argument(metavar="MODEL", help="A .pt, .pth, .th or .safetensors file, or a built-in network.")],
+    data: DataSource,
+    macro: dict[str, Any],
+    recipe: dict[str, Any],
+    pixels: dict[str, Any],
+    arch: Arch = None,
+    input: InputShape = None,
+    out: Annotated[str | None, option("--out", metavar="FILE.rq", help="The file to write (default: the model's name with .rq, in the current folder).")] = None,
+    no_twin: Annotated[bool, option("--no-twin", help="Do not train the ideal-ADC twin, which shows what the ADC alone costs.")] = False,
+    threads: Threads = None,
+    force: Force = False,
+) -> dict[str, Any]:
+    """Compress a trained model for a macro.
+
+    Calibrate it, fine-tune it through the ADC, freeze it to integers, measure it, and save it as a .rq file.
+    """
+    described, shape = macro_of(macro), values.sizes("--input", input)
+    use_threads(threads)
+    done = rqtool.quantize(
+        model, data, described, arch=arch, out=out or f"{Path(model).stem}.rq", recipe=rqtool.Recipe(**recipe), preprocess=pixels, input_shape=shape,
+        twin=not no_twin, force=force, progress=make_progress(),
+    )  # fmt: skip
+    return done.to_json()

@@ -1,0 +1,180 @@
+"""The text of each command's result. Every function takes the JSON data of one result and the width of the terminal (None: a file)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from rqtool.errors import escaped
+from rqtool.hardware.macro import Macro
+from rqtool.report.text import number, pairs, paragraphs, table
+
+Data = dict[str, Any]
+PLAN_HEADERS = ("layer", "kind", "kernel", "rows", "columns", "tiles", "planes", "p range", "acc bits", "positions", "reads", "reads/MAC", "cycles")
+INTEGER_HEADERS = ("layer", "rows", "columns", "tiles", "reads/MAC", "step", "zero", "clipped %")
+
+
+def _macro(data: Data) -> str:
+    return Macro(**data["macro"]).describe()
+
+
+def quantized(data: Data, width: int | None = None) -> str:
+    """The closing figures of `quantize`."""
+    return paragraphs(pairs([("macro", _macro(data))], width), _accuracies(data, width), _layers(data, width), pairs(_closing(data), width))
+
+
+def _accuracies(data: Data, width: int | None) -> str:
+    m, loss = data["metrics"], data["metrics"]["adc_loss"]
+    rows = [("float", m["float_top1"]), ("post-training", m["ptq_top1"]), ("fine-tuned", m["tuned_top1"]), ("ideal-ADC twin", m["ideal_top1"])]
+    rows.append(("loss to the ADC", loss))
+    return table([f"top-1 on {m['images']} {data['measured_on']} images", "%"], [(name, number(value)) for name, value in rows], width)
+
+
+def _layers(data: Data, width: int | None) -> str:
+    rows = [
+        (r["layer"], r["rows"], r["columns"], r["tiles"], number(r["reads_per_mac"]), number(r["step"]), "-" if r["zero"] is None else r["zero"], number(100 * r["clip_rate"]))
+        for r in data["layers"]
+    ]
+    return table(INTEGER_HEADERS, rows, width)
+
+
+def _closing(data: Data) -> list[tuple[str, str]]:
+    integer = "yes" if data["fully_integer"] else f"no, but for {', '.join(data['islands'])}"
+    epochs = data["recipe"]["epochs"]
+    return [
+        ("fully integer", integer),
+        ("layers off the macro", ", ".join(data["layers_off_macro"]) or "none"),
+        ("reads per MAC", number(data["metrics"]["reads_per_mac"])),
+        ("trained", f"{epochs} epoch{'s' * (epochs != 1)} on {data['train_images']} images, seed {data['recipe']['seed']}"),
+        ("chosen", f"{data['chosen']}, by {data['held_out_images']} held-out images"),
+        ("agreement", f"integer program and training name the same class on {number(data['metrics']['agreement'])} % of the images"),
+        ("file", data["out"] or "not saved"),
+        ("seconds", number(data["seconds"])),
+    ]
+
+
+def evaluated(data: Data, width: int | None = None) -> str:
+    """The figure of `eval`."""
+    fused = data["fused_layers"]
+    items = [
+        ("file", data["source"]),
+        ("macro", _macro(data)),
+        ("top-1", f"{number(data['metrics']['top1'])} % of {data['metrics']['images']} {data['measured_on']} images, {data['adc']} ADC"),
+        ("reads", f"{sum(fused.values())} of {len(fused)} layers on the fused kernel, every code equal to the definition"),
+        ("seconds", number(data["seconds"])),
+    ]
+    return pairs(items, width)
+
+
+def exported(data: Data, width: int | None = None) -> str:
+    """What `export` wrote and proved."""
+    items = [("file", f"{data['out']}, {data['bytes']:,} bytes, {data['body']} body"), ("verified", _proof(data["report"]))]
+    return pairs(items + ([("vectors", data["vectors"])] if data["vectors"] else []), width)
+
+
+def _proof(report: Data | None) -> str:
+    if report is None:
+        return "no (--no-verify)"
+    batches = ", ".join(map(str, report["batches"]))
+    return (
+        f"yes: {report['integers']:,} integers of {report['tensors']} tensors equal the definition at {len(report['levels'])} optimisation levels of onnxruntime and "
+        f"batch {batches}; {report['codes']:,} codes tried one by one; {report['reads']:,} reads replayed from the metadata"
+    )
+
+
+def planned(data: Data, width: int | None = None) -> str:
+    """The table of `plan`."""
+    totals = data["totals"]
+    total = ["total", "", "", "", "", totals["tiles"], "", "", "", "", totals["reads"], number(totals["reads_per_mac"]), totals["cycles"]]
+    head = pairs([("model", data["source"]), ("input", _by(data["input_shape"])), ("macro", _macro(data)), ("MACs", totals["macs"])], width)
+    return paragraphs(head, table(PLAN_HEADERS, [*map(_plan_row, data["layers"]), total], width))
+
+
+def _plan_row(r: Data) -> list[Any]:
+    planes, acc_bits = f"{r['input_planes']}x{r['weight_planes']}", r["acc_bound"].bit_length() + 1
+    sums = f"{r['p_min']}..{r['p_max']}"
+    return [
+        r["layer"], r["kind"], _by(r["kernel"]), r["rows"], r["columns"], r["tiles"], planes, sums, acc_bits, r["positions"], r["reads"],
+        number(r["reads_per_mac"]), r["cycles"],
+    ]  # fmt: skip
+
+
+def _by(shape: list[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def inspected(data: Data, width: int | None = None) -> str:
+    """What `inspect` found, shortened: `--json` has all of it."""
+    return paragraphs(pairs([("file", data["source"]), ("kind", data["kind"])], width), INSPECTED[data["kind"]](data, width))
+
+
+def _weights(data: Data, width: int | None) -> str:
+    rows = [(t["name"], _by(t["shape"]) or "-", t["dtype"]) for t in data["tensors"]]
+    return paragraphs(pairs([("values", f"{data['values']:,}")], width), table(["tensor", "shape", "type"], rows, width))
+
+
+def _rq(data: Data, width: int | None) -> str:
+    shown = [(name, value if isinstance(value, str) else _figure(value)) for name, value in _metrics(data["results"]).items()]
+    about = [("macro", _macro(data)), ("pixels", f"(x * {data['preprocess']['scale']:.6g} - mean) / std, mean {data['preprocess']['mean']}, std {data['preprocess']['std']}")]
+    rows = [(op["name"], op["kind"], _by(op["output"])) for op in data["ops"]]
+    return paragraphs(pairs([*about, ("program", data["program_sha256"]), *shown], width), table(["operation", "kind", "output"], rows, width))
+
+
+def _metrics(results: Any) -> Data:
+    """The figures that a file claims; they are data from a file, so nothing is taken for granted."""
+    metrics = results.get("metrics") if isinstance(results, dict) else None
+    return metrics if isinstance(metrics, dict) else {}
+
+
+def _figure(value: Any) -> str:
+    return number(value) if isinstance(value, float) else escaped(value)
+
+
+def _onnx(data: Data, width: int | None) -> str:
+    doc = data["metadata"]
+    about = [("written by", f"{doc['tool']['name']} {doc['tool']['version']}"), ("format", doc["format"]), ("program", doc["program"]["sha256"])]
+    about.append(("macro", Macro(**doc["macro"]["fields"]).describe()))
+    rows = [(layer["layer"], layer["kind"], layer["rows"]["count"], layer["columns"], layer["adc"]["kind"], layer["body"]) for layer in doc["layers"]]
+    return paragraphs(pairs(about, width), table(["layer", "kind", "rows", "columns", "ADC", "body"], rows, width))
+
+
+INSPECTED = {"weights": _weights, "rq": _rq, "onnx": _onnx}
+
+
+def verified(data: Data, width: int | None = None) -> str:
+    """What `verify` found right, file by file."""
+    return pairs([(escaped(row["source"]), f"right: {VERIFIED[row['kind']].format(**row)}") for row in data["files"]], width)
+
+
+VERIFIED = {
+    "rq": "every hash; the program; {integers:,} integers of {tensors} tensors equal the definition on one random image",
+    "onnx": "the graph, the metadata and every hash; {codes:,} codes; {accumulators:,} accumulators of {layers} layers on one random image, in two runs",
+}
+
+
+def presets(data: Data, width: int | None = None) -> str:
+    """The macros that have a name."""
+    return paragraphs(*(pairs([("preset", r["name"]), ("about", r["about"]), ("source", r["source"]), ("macro", _macro(r))], width) for r in data["presets"]))
+
+
+def operations(data: Data, width: int | None = None) -> str:
+    """What `ops` lists."""
+    program = [(kind, ", ".join(names)) for kind, names in data["program"].items()]
+    networks = [(n["name"], f"{n['about']}, input {_by(n['input_shape'])}") for n in data["networks"]]
+    counted = Counter(name.split(".")[0].rstrip("_") for name in data["model"])
+    understood = pairs([("aten", ", ".join(sorted(counted)))], width)
+    titles = ("operations understood in a model", "operations of an integer program, with their attributes", "built-in networks")
+    return paragraphs(*(f"{title}\n{text}" for title, text in zip(titles, (understood, pairs(program, width), pairs(networks, width)))))
+
+
+def doctor(data: Data, width: int | None = None) -> str:
+    """What this machine has, and how the reads will run on it."""
+    versions = [(name, version or "not installed") for name, version in data["versions"].items()]
+    about = [("system", data["system"]), ("processor", data["processor"]), ("processors", data["cpus"]), ("torch threads", data["threads"])]
+    reads = [("reads run", data["carrier"]), ("for", data["reason"]), ("kernel cache", data["cache"] or "none")]
+    return paragraphs(pairs(versions, width), pairs(about, width), pairs(reads, width))
+
+
+def demo(data: Data, width: int | None = None) -> str:
+    """The three results of the demo."""
+    return paragraphs(quantized(data["quantize"], width), evaluated(data["eval"], width), exported(data["export"], width))
