@@ -1,10 +1,12 @@
 # `make demo` and `make test` need Python 3.11 or newer with pip, and a package registry; everything else they set up here.
 # make test CONSTRAINTS=file    installs under a pip constraints file
 # make test TESTS=tests/test_adc.py
+# make experiments SHARED=dir    data and weights for docs/results.md; see examples/experiments.py
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 TESTS ?=
+SHARED ?= ../shared
 
 .PHONY: demo test experiments venv clean
 
@@ -15,7 +17,7 @@ test: venv
 	$(BIN)/python -m pytest $(TESTS)
 
 experiments: venv
-	$(BIN)/python examples/experiments.py
+	$(BIN)/python examples/experiments.py --shared $(SHARED)
 
 venv: .venv/installed
 
