@@ -48,13 +48,15 @@ from rqtool.program.ir import ATTRIBUTES, Program
 from rqtool.program.run import Runner, certified
 from rqtool.storage import check_writable, write_atomic
 from rqtool.train.calibrate import calibrate
-from rqtool.train.finetune import Candidate, Feed, Recipe, consider_norms, finetune, steps_per_epoch, top1
+from rqtool.train.finetune import Candidate, Feed, Recipe, consider_norms, finetune, fitting_network, steps_per_epoch, top1
 from rqtool.train.frozen import freeze, peaks_of
 from rqtool.train.measure import layer_table, percent, predictions, real_predictions
 from rqtool.train.rewrite import plans, read_layers, rewrite
 
 HELD_OUT_PEAK = 5000
 TABLE_IMAGES = 128  # images behind clip rates
+PEAK_IMAGES, PEAK_BATCH = 512, 128  # images behind the ranges of grids
+CALIBRATION_VALUES = 1 << 28  # calibration is one pass over all its images, so it may hold more at once than a batch
 
 
 class Silent:
@@ -215,7 +217,7 @@ def quantize(
     ideal_top1 = _twin(macro, job, recipe, progress, tuned_top1) if twin else None
     result = Quantized(
         None if out is None else str(out), macro, recipe, float_top1, ptq_top1, tuned_top1, ideal_top1, percent(found == real), len(job.test), job.measured_on,
-        len(job.train), len(job.held), best.name, layer_table(network, job.train.real(slice(TABLE_IMAGES))), round(time.monotonic() - started, 1),
+        len(job.train), len(job.held), best.name, layer_table(network, job.train.real(slice(fitting_network(network, TABLE_IMAGES)))), round(time.monotonic() - started, 1),
     )  # fmt: skip
     if out is not None:
         _checkpoint(network, saved, job, recipe, result).save(out, force)
@@ -296,7 +298,7 @@ def train_for(macro: Macro, job: Job, recipe: Recipe, progress: Any, prefix: str
     """(the network for this macro, its chosen candidate, post-training top-1): rewritten, calibrated and fine-tuned."""
     network = rewrite(job.network, macro)
     with progress.stage(f"{prefix}calibration", len(read_layers(network))) as done:
-        calibrate(network, job.train.real(slice(recipe.calibration_images)), done)
+        calibrate(network, job.train.real(slice(fitting_network(network, recipe.calibration_images, CALIBRATION_VALUES))), done)
     best = consider_norms("post-training", network, job.train, job.held, recipe, None)
     network.load_state_dict(best.state)
     ptq_top1 = _measured(network, macro, job, progress, f"{prefix}post-training")[1]
@@ -316,7 +318,7 @@ def _twin(macro: Macro, job: Job, recipe: Recipe, progress: Any, tuned_top1: flo
 
 def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str) -> tuple[tuple[Program, dict[str, float]], float, np.ndarray]:
     """((program, peaks), top-1 of the program, its predictions)."""
-    peaks = peaks_of(network, job.train.batches(128, 512))
+    peaks = peaks_of(network, job.train.batches(fitting_network(network, PEAK_BATCH), PEAK_IMAGES))
     program = freeze(network, macro, peaks, job.pixels, job.whole)
     with progress.stage(name, len(job.test)) as done:
         found = predictions(program, job.test.images, done)

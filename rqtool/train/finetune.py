@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from rqtool.train.relax import MODES, Relaxation
 from rqtool.train.rewrite import read_layers
 
 EVAL_BATCH = 250
+NORM_BATCH = 256
+HELD_VALUES = 1 << 26  # numbers in the largest tensor of a batch, where nothing asks for a certain batch
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,27 @@ class Feed:
             yield self.real(slice(at, min(at + size, count)))
 
 
+def fitting(shapes: Iterable[tuple[int, ...]], most: int, values: int = HELD_VALUES) -> int:
+    """How many images may go through at once: `most`, or fewer where the largest of the per-sample `shapes` is large; at least 2.
+
+    >>> fitting([(16, 28, 28)], 250), fitting([(64, 112, 112)], 250)
+    (250, 83)
+    """
+    return max(2, min(most, values // max(math.prod(s) for s in shapes)))
+
+
+def fitting_network(network: Network, most: int, values: int = HELD_VALUES) -> int:
+    """The same for the values of a network."""
+    return fitting([network.graph.input_shape, *(n.shape for n in network.graph.nodes)], most, values)
+
+
 @torch.no_grad()
-def top1(network: nn.Module, feed: Feed) -> tuple[float, float]:
+def top1(network: Network, feed: Feed) -> tuple[float, float]:
     """(percent of images whose largest score is the label's, mean cross-entropy), in eval mode."""
     network.eval()
-    hits, loss = 0, 0.0
-    for at in range(0, len(feed), EVAL_BATCH):
-        part = slice(at, at + EVAL_BATCH)
+    hits, loss, size = 0, 0.0, fitting_network(network, EVAL_BATCH)
+    for at in range(0, len(feed), size):
+        part = slice(at, at + size)
         scores, labels = network(feed.real(part)), feed.labels(part)
         hits += int((scores.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(scores, labels, reduction="sum"))
@@ -140,7 +156,7 @@ def consider_norms(name: str, network: Network, train: Feed, held: Feed, recipe:
     """As `consider`, first as it is and then with batch norm re-estimated; the network is left as it came."""
     best = consider(name, network, held, best)
     state = copy.deepcopy(network.state_dict())
-    reestimate_norms(network, train.batches(256, recipe.norm_images))
+    reestimate_norms(network, train.batches(fitting_network(network, NORM_BATCH), recipe.norm_images))
     best = consider(f"{name}, batch norm re-estimated", network, held, best)
     network.load_state_dict(state)
     return best

@@ -14,7 +14,7 @@ from rqtool.model.data import Images
 from rqtool.model.network import Network
 from rqtool.program.ir import Program
 from rqtool.program.run import Runner
-from rqtool.train.finetune import EVAL_BATCH, Feed
+from rqtool.train.finetune import EVAL_BATCH, Feed, fitting, fitting_network
 from rqtool.train.histogram import partial_sum_histogram
 from rqtool.train.layers import ReadLayer, group_shape, level_units
 from rqtool.train.rewrite import read_layers
@@ -22,9 +22,9 @@ from rqtool.train.rewrite import read_layers
 
 def predictions(program: Program, images: Images, done: Callable[[int], None] = lambda n: None) -> np.ndarray:
     """int64 [N]: the class with the largest score in the integer program, the first one on a tie. done(n) after each n images."""
-    runner, parts = Runner(program), []
-    for at in range(0, len(images), EVAL_BATCH):
-        x = torch.from_numpy(np.ascontiguousarray(images.x[at : at + EVAL_BATCH]))
+    runner, parts, size = Runner(program), [], fitting([t.shape for t in program.tensors.values()], EVAL_BATCH)
+    for at in range(0, len(images), size):
+        x = torch.from_numpy(np.ascontiguousarray(images.x[at : at + size]))
         parts.append(runner(x).argmax(1).numpy())
         done(len(x))
     return np.concatenate(parts)
@@ -34,7 +34,7 @@ def predictions(program: Program, images: Images, done: Callable[[int], None] = 
 def real_predictions(network: Network, feed: Feed) -> np.ndarray:
     """The same by the network itself, in the float arithmetic that training uses."""
     network.eval()
-    return np.concatenate([network(x).argmax(1).numpy() for x in feed.batches(EVAL_BATCH)])
+    return np.concatenate([network(x).argmax(1).numpy() for x in feed.batches(fitting_network(network, EVAL_BATCH))])
 
 
 def percent(hits: np.ndarray) -> float:
