@@ -6,13 +6,18 @@ weights included. `LIFT` is the whole list of what is understood.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from math import inf
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from rqtool.errors import InputError, escaped
 from rqtool.mapping.plan import Geometry
@@ -45,8 +50,16 @@ class Lifter:
     def parameter(self, node: Any, what: str) -> tuple[str, torch.Tensor]:
         """(name, tensor) of a parameter or buffer; computed weights are refused, for they would stay float."""
         if node not in self.tensors:
-            raise InputError(f"{what} uses a weight that is computed while the model runs; store the computed weight (for example with remove_parametrizations) and load that")
+            raise InputError(
+                f"{what} uses a weight that is computed while the model runs, or is neither parameter nor buffer; "
+                "store the computed weight (for example with remove_parametrizations) and load that"
+            )
         return self.tensors[node]
+
+    def weight(self, node: Any, what: str) -> nn.Parameter:
+        """The same for what a layer holds; a buffer stays as it is in training."""
+        tensor = self.parameter(node, what)[1]
+        return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
 
 
 @dataclass
@@ -62,10 +75,11 @@ class Call:
         return sample_shape(self.node)
 
     def input(self, name: str = "self") -> str:
-        return self.lifter.value[self.args[name]]
+        """The value of an argument; refused where it does not come from the image (a parameter, a constant)."""
+        return self.lifter.value[self.args[name]] if self.args[name] in self.lifter.value else _refuse(self)
 
     def input_shape(self, name: str = "self") -> tuple[int, ...]:
-        return sample_shape(self.args[name])
+        return sample_shape(self.args[name]) if self.input(name) else ()
 
     def emit(self, op: str, inputs: tuple[str, ...] | None = None, shape: tuple[int, ...] | None = None, **attrs: Any) -> str:
         inputs = (self.input(),) if inputs is None else inputs
@@ -78,7 +92,7 @@ class Call:
 def sample_shape(node: fx.Node) -> tuple[int, ...]:
     """The shape of a value without its batch axis. Raises InputError where the first axis is not the batch."""
     shape = node.meta["val"].shape
-    if not shape or not isinstance(shape[0], torch.SymInt):
+    if not shape or not isinstance(shape[0], torch.SymInt) or not shape[0].node.expr.is_Symbol:  # 2 * batch is no batch either
         raise InputError(f"{escaped(node.name)}: its first axis is not the batch of images; the model mixes images or drops the batch, which a macro cannot")
     return tuple(int(n) for n in shape[1:])
 
@@ -93,8 +107,8 @@ def pair(x: Any, default: Any = None) -> tuple[int, int]:
 # -- layers with weights ---------------------------------------------------------------------------------------------
 def _layer(call: Call, geometry: Geometry) -> str:
     lifter, weight_node, bias_node = call.lifter, call.args["weight"], call.args.get("bias")
-    weight_name, weight = lifter.parameter(weight_node, escaped(call.node.name))
-    bias = None if bias_node is None else lifter.parameter(bias_node, escaped(call.node.name))[1]
+    weight_name, weight = lifter.parameter(weight_node, escaped(call.node.name))[0], lifter.weight(weight_node, escaped(call.node.name))
+    bias = None if bias_node is None else lifter.weight(bias_node, escaped(call.node.name))
     name = weight_name.removesuffix(".weight")
     return lifter.emit("conv", name, (call.input("input"),), call.shape, {"geometry": geometry.to_dict()}, Conv(geometry, weight, bias))
 
@@ -140,12 +154,14 @@ def _linear(call: Call) -> str:
 
 def _batch_norm(call: Call) -> str:
     a, lifter = call.args, call.lifter
+    if a["running_mean"] is None:
+        raise InputError(f"{escaped(call.node.name)}: batch norm without running statistics depends on the other images of a batch; use track_running_stats=True")
     mean_name, mean = lifter.parameter(a["running_mean"], escaped(call.node.name))
     norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d}[len(call.shape)](mean.numel(), eps=a["eps"], momentum=a["momentum"])
     norm.running_mean, norm.running_var = mean, lifter.parameter(a["running_var"], escaped(call.node.name))[1]
     for role in ("weight", "bias"):
         if a[role] is not None:
-            setattr(norm, role, lifter.parameter(a[role], escaped(call.node.name))[1])
+            setattr(norm, role, lifter.weight(a[role], escaped(call.node.name)))
     attrs = {"features": mean.numel(), "eps": a["eps"], "momentum": a["momentum"]}
     return lifter.emit("batch_norm", mean_name.removesuffix(".running_mean"), (call.input("input"),), call.shape, attrs, norm)
 
@@ -227,6 +243,8 @@ def _permute(call: Call) -> str:
 
 def _concat(call: Call) -> str:
     rank = len(call.shape) + 1
+    if any(n not in call.lifter.value for n in call.args["tensors"]):
+        return _refuse(call)
     inputs = tuple(call.lifter.value[n] for n in call.args["tensors"])
     return call.emit("concat", inputs, axis=call.args["dim"] % rank - 1)
 
@@ -272,7 +290,7 @@ def _sum(sign: int) -> Callable[[Call], str]:
 def _scaled(divide: bool) -> Callable[[Call], str]:
     def lift(call: Call) -> str:
         other = call.args["other"]
-        if isinstance(other, fx.Node):
+        if isinstance(other, fx.Node) or (divide and other == 0):
             return _refuse(call)
         return call.emit("affine", mult=float(1 / other if divide else other), add=0.0)
 
@@ -317,7 +335,11 @@ LIFT: dict[str, Callable[[Call], str]] = {
     "contiguous.default": lambda c: c.input(), "clone.default": lambda c: c.input(), "alias.default": lambda c: c.input(),
     "detach.default": lambda c: c.input(), "to.dtype": lambda c: c.input(),
 }  # fmt: skip
-VIEWS = {"flatten.using_ints", "view.default", "reshape.default", "squeeze.default", "squeeze.dim", "squeeze.dims", "unsqueeze.default", "permute.default", "transpose.int", "slice.Tensor", "alias.default", "detach.default"}  # fmt: skip
+# What may share the memory of its input.
+VIEWS = {
+    "flatten.using_ints", "view.default", "reshape.default", "_unsafe_view.default", "squeeze.default", "squeeze.dim", "squeeze.dims", "unsqueeze.default", "unflatten.int",
+    "permute.default", "transpose.int", "slice.Tensor", "alias.default", "detach.default", "contiguous.default", "to.dtype", "dropout.default", "feature_dropout.default",
+}  # fmt: skip
 
 
 # -- the walk --------------------------------------------------------------------------------------------------------
@@ -336,13 +358,30 @@ def capture(model: nn.Module, input_shape: tuple[int, ...]) -> Network:
     return network
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings, the log and the half-built graphs that torch.export writes before it raises: the exception says it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _first_line(e: Exception) -> str:
+    return escaped(str(e).strip().split("\n")[0][:200])
+
+
 def _export(model: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
     was_training = model.training
     try:
-        return torch.export.export(model.train(), (torch.randn(2, *shape),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        with _quiet():
+            return torch.export.export(model.train(), (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     except Exception as e:  # torch.export raises many kinds; the reason is its first line
-        reason = escaped(str(e).strip().split("\n")[0][:200])
-        raise InputError(f"the model cannot run on inputs of shape {list(shape)}, or torch.export cannot follow it: {reason}") from e
+        raise InputError(f"the model cannot run on inputs of shape {list(shape)}, or torch.export cannot follow it: {_first_line(e)}") from e
     finally:
         model.train(was_training)
 
@@ -356,59 +395,86 @@ def _lift(exported: torch.export.ExportedProgram) -> Network:
     inputs = [n for n in placeholders if n.name in signature.user_inputs]
     order = {n: i for i, n in enumerate(graph.nodes)}
     lifter.value[inputs[0]] = "input"
-    output = None
     for node in graph.nodes:
         if node.op == "call_function":
             _lift_call(lifter, node, order)
-        elif node.op == "output":
-            output = _single_output(node)
-    return Network(Graph("input", sample_shape(inputs[0]), lifter.value[output], tuple(lifter.nodes)), lifter.layers)
+    output = _single_output(lifter, graph.output_node())
+    return Network(Graph("input", sample_shape(inputs[0]), output, tuple(lifter.nodes)), lifter.layers)
 
 
-def _single_output(node: fx.Node) -> fx.Node:
-    outputs = [n for n in node.args[0] if isinstance(n, fx.Node) and n.op != "placeholder" and hasattr(n.meta.get("val"), "shape")]
+def _single_output(lifter: Lifter, node: fx.Node) -> str:
+    """The value that the model returns."""
+    outputs = [n for n in node.args[0] if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.Tensor)]
     if len(outputs) != 1:
         raise InputError(f"the model returns {len(outputs)} tensors; wrap it so that it returns the class scores only")
-    return outputs[0]
+    if outputs[0] not in lifter.value:
+        raise InputError("the model returns a tensor that does not depend on the image; check the model file")
+    return lifter.value[outputs[0]]
+
+
+def _aten(node: fx.Node) -> str:
+    """What a node calls: "relu_.default", without the library's name."""
+    return str(node.target).removeprefix("aten.")
+
+
+def _in_place(node: fx.Node) -> bool:
+    return node.op == "call_function" and _aten(node).split(".")[0].endswith("_")
 
 
 def _lift_call(lifter: Lifter, node: fx.Node, order: dict[fx.Node, int]) -> None:
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or (node.args and node.args[0] in lifter.tensors and str(node.target) == "aten.add_.Tensor"):
-        return  # sizes, assertions, and the counter of batch norm
-    schema = node.target._schema
-    args = {a.name: a.default_value for a in schema.arguments}
-    args.update(zip((a.name for a in schema.arguments), node.args))
-    args.update(node.kwargs)
-    name = str(node.target).removeprefix("aten.")
+    name, value = _aten(node), node.meta.get("val")
+    if not any(n in lifter.value for n in node.all_input_nodes):  # batch norm's counter, a computed weight: what uses it is refused
+        if _in_place(node):
+            lifter.tensors.pop(node.args[0], None)
+        return
+    if value is None or isinstance(value, (torch.SymInt, torch.SymBool, int, bool)):
+        return  # sizes and assertions
     if name not in LIFT:
         raise InputError(f"{escaped(node.name)}: the operation aten.{escaped(name)} is not supported; `rqtool ops` lists what is")
-    call = Call(lifter, node, args)
-    if name.split(".")[0].endswith("_"):
+    args = {a.name: a.default_value for a in node.target._schema.arguments}
+    args.update(zip(args, node.args))
+    args.update(node.kwargs)
+    if _in_place(node):
         _check_alias(node, order)
     before = dict(lifter.value)
-    result = LIFT[name](call)
+    result = LIFT[name](Call(lifter, node, args))
     lifter.value = {**before, node: result}
-    if name.split(".")[0].endswith("_"):
+    if _in_place(node):
         lifter.value[node.args[0]] = result  # later uses of the input see the changed value
 
 
+def _memory(node: fx.Node) -> fx.Node:
+    """The node that first made the memory of a value, back through views and changes in place."""
+    while node.op == "call_function" and (_aten(node) in VIEWS or _in_place(node)):
+        node = node.args[0]
+    return node
+
+
 def _check_alias(node: fx.Node, order: dict[fx.Node, int]) -> None:
-    """Refuse an in-place change that a later use of another view of the same memory would see."""
-    changed = node.args[0]
-    base = changed.args[0] if changed.op == "call_function" and str(changed.target).removeprefix("aten.") in VIEWS else None
-    views = [u for u in changed.users if u.op == "call_function" and str(u.target).removeprefix("aten.") in VIEWS]
-    seen = [u for v in [*views, *([base] if base is not None else [])] for u in v.users if order[u] > order[node]]
+    """Refuse an in-place change that another name of the same memory would see later."""
+    changed, memory = node.args[0], _memory(node.args[0])
+    others = [n for n in order if n is not changed and order[n] < order[node] and _memory(n) is memory]
+    seen = [user for n in others for user in n.users if order[user] > order[node]]
     if seen:
         raise InputError(f"{escaped(node.name)}: changes a tensor in place while a view of it is used later by {escaped(seen[0].name)}; write it out of place")
+
+
+def _eval(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The scores of a model in eval mode, the one tensor among what it returns."""
+    was_training = model.training
+    try:
+        with _quiet():
+            return next(t for t in tree_leaves(model.eval()(x.clone())) if isinstance(t, torch.Tensor))
+    except Exception as e:  # the model's own code runs here
+        raise InputError(f"the model can be captured, but fails in eval mode on images of shape {list(x.shape[1:])}: {_first_line(e)}") from e
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
 def _compare(model: nn.Module, network: Network, shape: tuple[int, ...]) -> None:
     """Refuse a capture that does not compute what the model computes, on random inputs in eval mode."""
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    was_training = model.training
-    expected, got = model.eval()(x), network(x)
-    model.train(was_training)
+    expected, got = _eval(model, x), network(x)
     if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-3, atol=1e-4 * (1 + float(expected.abs().max()))):
         raise InputError("the captured graph does not compute what the model computes in eval mode; the model behaves differently in training, export it without that branch")
