@@ -185,7 +185,8 @@ def test_an_ideal_adc_is_the_whole_number_convolution():
         layer = layer_of(macro, g)
         x = torch.randn(2, 4, 6, 7, generator=torch.Generator().manual_seed(4))
         codes, w = pad_codes(layer.input(x), g.padding, 0), layer.weight_codes().view(6, 2, 3, 2)
-        expected = F.conv2d(codes, w, None, g.stride, 0, 1, 2) * (layer.input.scale * layer.weights.scale).view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+        scale = (layer.input.scale * layer.weights.scale).view(1, -1, 1, 1)
+        expected = torch.addcmul(layer.bias.view(1, -1, 1, 1), F.conv2d(codes, w, None, g.stride, 0, 1, 2), scale)
         assert torch.equal(layer(x), expected)
 
 
