@@ -31,7 +31,7 @@ from torch import nn
 
 from rqtool import checkpoint
 from rqtool.checkpoint import Checkpoint
-from rqtool.errors import CheckError, ConfigError, InputError, StorageError, escaped
+from rqtool.errors import CheckError, ConfigError, InputError, StorageError, escaped, suggestion
 from rqtool.hardware.macro import Macro
 from rqtool.kernels import choose
 from rqtool.kernels.spec import make_spec
@@ -341,7 +341,9 @@ def evaluate(
     """
     started, progress = time.monotonic(), progress or Silent()
     if adc not in ("real", "ideal"):
-        raise ConfigError(f"--adc {escaped(adc)} is not known; choose one of ideal, real")
+        raise ConfigError(f"--adc {escaped(adc)} is not known; {suggestion(str(adc), ('ideal', 'real'))}")
+    if min_acc is not None and not 0 <= min_acc <= 100:
+        raise ConfigError(f"--min-acc must be from 0 to 100 percent, not {min_acc:g}")
     saved = checkpoint.load(source)
     images, measured_on = _images_for(saved, load_data(data) if isinstance(data, str) else data, limit)
     program = saved.program if adc == "real" else ideal_program(saved)

@@ -13,7 +13,7 @@ from rqtool.report import results
 
 @shows(results.demo)
 def demo(
-    folder: Annotated[str, option("--folder", metavar="DIR", help="Where demo.rq and demo.onnx go, replacing older ones (default rqtool-demo).")] = "rqtool-demo",
+    folder: Annotated[str, option("--folder", metavar="DIR", help="Where demo.rq and demo.onnx go (default rqtool-demo).")] = "rqtool-demo",
     epochs: Annotated[str, option("--epochs", metavar="N", help="Epochs of fine-tuning (default 2).")] = "2",
     threads: Threads = None,
 ) -> dict[str, Any]:

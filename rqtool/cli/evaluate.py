@@ -15,7 +15,7 @@ from rqtool.report import results
 def evaluate(
     rq: Annotated[str, argument(metavar="RQ", help="A file that rqtool quantize wrote.")],
     data: DataSource,
-    adc: Annotated[str, option("--adc", metavar="real|ideal", help="The macro's ADC, or the same network with an ADC that changes nothing (default real).")] = "real",
+    adc: Annotated[str, option("--adc", metavar="real|ideal", help="The macro's ADC, or one that changes nothing (default real).")] = "real",
     limit: Annotated[str | None, option("--limit", metavar="N", help="Use a random N of the images, the same ones each time.")] = None,
     min_acc: Annotated[str | None, option("--min-acc", metavar="P", help="Exit with 5 where top-1 is below P percent.")] = None,
     threads: Threads = None,

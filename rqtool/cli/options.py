@@ -22,8 +22,11 @@ from rqtool.hardware.macro import CHOICES, WHOLE, flag
 option = partial(typer.Option, show_default=False)
 argument = partial(typer.Argument, show_default=False)
 
-DataSource = Annotated[str, option("--data", metavar="SRC", help="Labelled images: .npz, MNIST or CIFAR-10 files, class folders, package.module:function, demo.")]
-Arch = Annotated[str | None, option("--arch", metavar="NET", help="What a state dictionary belongs to: package.module:factory, or a built-in network (rqtool ops).")]
+IMAGES = "Labelled images: .npz, MNIST or CIFAR-10 files, class folders, package.module:function, demo."
+NETWORK = "What a state dictionary belongs to: package.module:factory, or a built-in network (rqtool ops)."
+
+DataSource = Annotated[str, option("--data", metavar="SRC", help=IMAGES)]
+Arch = Annotated[str | None, option("--arch", metavar="NET", help=NETWORK)]
 InputShape = Annotated[str | None, option("--input", metavar="C,H,W", help="The shape of one input of the model, where it is not known otherwise.")]
 Threads = Annotated[str | None, option("--threads", metavar="N", help="Threads for torch and the kernels (default: torch's own choice).")]
 Force = Annotated[bool, option("--force", help="Replace files that exist.")]
@@ -53,14 +56,15 @@ def _whole(name: str, about: str, default: Any) -> Flag:
 
 
 def _choice(name: str, about: str, default: str) -> Flag:
-    return Flag(name, "|".join(CHOICES[name]), f"{about} (default {default}).")
+    *others, last = CHOICES[name]
+    return Flag(name, "KIND", f"{about}: {', '.join(others)} or {last} (default {default}).")
 
 
 MACRO = (
     Flag("macro", "PRESET|FILE.toml", "Where the macro's values come from (rqtool presets); the options below are laid over it."),
     _whole("wl", "Wordlines: rows that are on at once in one read", 9),
     _whole("io", "Columns read at once; it sets the cycles, never a code", 8),
-    Flag("adc_bits", "N|ideal", f"Bits of the ADC, {WHOLE['adc_bits'][0]} to {WHOLE['adc_bits'][1]}, or an ADC that changes nothing (default 4).", values.loosely),
+    Flag("adc_bits", "N|ideal", "Bits of the ADC, 1 to 8, or an ADC that changes nothing (default 4).", values.loosely),
     _whole("in_bits", "Bits of an input", 4),
     _whole("w_bits", "Bits of a weight, its sign among them", 4),
     _whole("dac_bits", "Input bits in one read", "all"),

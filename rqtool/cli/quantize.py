@@ -24,7 +24,7 @@ def quantize(
     pixels: dict[str, Any],
     arch: Arch = None,
     input: InputShape = None,
-    out: Annotated[str | None, option("--out", metavar="FILE.rq", help="The file to write (default: the model's name with .rq, in the current folder).")] = None,
+    out: Annotated[str | None, option("--out", metavar="FILE.rq", help="The file to write (default: named like the model, in the current folder).")] = None,
     no_twin: Annotated[bool, option("--no-twin", help="Do not train the ideal-ADC twin, which shows what the ADC alone costs.")] = False,
     threads: Threads = None,
     force: Force = False,

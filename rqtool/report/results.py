@@ -31,11 +31,12 @@ def _accuracies(data: Data, width: int | None) -> str:
 
 
 def _layers(data: Data, width: int | None) -> str:
-    rows = [
-        (r["layer"], r["rows"], r["columns"], r["tiles"], number(r["reads_per_mac"]), number(r["step"]), "-" if r["zero"] is None else r["zero"], number(100 * r["clip_rate"]))
-        for r in data["layers"]
-    ]
-    return table(INTEGER_HEADERS, rows, width)
+    return table(INTEGER_HEADERS, map(_layer_row, data["layers"]), width)
+
+
+def _layer_row(r: Data) -> list[Any]:
+    zero = "-" if r["zero"] is None else r["zero"]
+    return [r["layer"], r["rows"], r["columns"], r["tiles"], number(r["reads_per_mac"]), number(r["step"]), zero, number(100 * r["clip_rate"])]
 
 
 def _closing(data: Data) -> list[tuple[str, str]]:
@@ -77,8 +78,8 @@ def _proof(report: Data | None) -> str:
         return "no (--no-verify)"
     batches = ", ".join(map(str, report["batches"]))
     return (
-        f"yes: {report['integers']:,} integers of {report['tensors']} tensors equal the definition at {len(report['levels'])} optimisation levels of onnxruntime and "
-        f"batch {batches}; {report['codes']:,} codes tried one by one; {report['reads']:,} reads replayed from the metadata"
+        f"yes: {report['integers']:,} integers of {report['tensors']} tensors equal the definition at {len(report['levels'])} optimisation levels "
+        f"of onnxruntime and batch {batches}; {report['codes']:,} codes tried one by one; {report['reads']:,} reads replayed from the metadata"
     )
 
 
@@ -115,7 +116,8 @@ def _weights(data: Data, width: int | None) -> str:
 
 def _rq(data: Data, width: int | None) -> str:
     shown = [(name, value if isinstance(value, str) else _figure(value)) for name, value in _metrics(data["results"]).items()]
-    about = [("macro", _macro(data)), ("pixels", f"(x * {data['preprocess']['scale']:.6g} - mean) / std, mean {data['preprocess']['mean']}, std {data['preprocess']['std']}")]
+    pixel = data["preprocess"]
+    about = [("macro", _macro(data)), ("pixels", f"(x * {pixel['scale']:.6g} - mean) / std, mean {pixel['mean']}, std {pixel['std']}")]
     rows = [(op["name"], op["kind"], _by(op["output"])) for op in data["ops"]]
     return paragraphs(pairs([*about, ("program", data["program_sha256"]), *shown], width), table(["operation", "kind", "output"], rows, width))
 
@@ -143,7 +145,7 @@ INSPECTED = {"weights": _weights, "rq": _rq, "onnx": _onnx}
 
 def verified(data: Data, width: int | None = None) -> str:
     """What `verify` found right, file by file."""
-    return pairs([(escaped(row["source"]), f"right: {VERIFIED[row['kind']].format(**row)}") for row in data["files"]], width)
+    return pairs([(row["source"], f"right: {VERIFIED[row['kind']].format(**row)}") for row in data["files"]], width)
 
 
 VERIFIED = {

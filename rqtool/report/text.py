@@ -51,8 +51,9 @@ def pairs(items: Sequence[tuple[str, Any]], width: int | None = None) -> str:
            I/O
     file   a.rq
     """
-    indent = max(len(name) for name, _ in items) + 2
-    return "\n".join(_pair(name, escaped(value), indent, width) for name, value in items)
+    shown = [(escaped(name), escaped(value)) for name, value in items]
+    indent = max(len(name) for name, _ in shown) + 2
+    return "\n".join(_pair(name, value, indent, width) for name, value in shown)
 
 
 def _pair(name: str, value: str, indent: int, width: int | None) -> str:
