@@ -1,0 +1,293 @@
+"""The public functions from Python: what the command line does not show, and the fields that docs/json.md promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import safetensors.torch
+import torch
+from conftest import REPOSITORY
+from torch import nn
+
+import rqtool
+from rqtool import Data, Images, Macro, Preprocess, Recipe, api, checkpoint
+from rqtool.cli.main import COMMANDS, run
+from rqtool.errors import CheckError, ConfigError, InputError
+from rqtool.model.load import RECORDS, Record, state_of
+
+CALIBRATED = Recipe(epochs=0, calibration_images=32)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).eval()
+
+
+def images(count: int, dtype: type = np.uint8) -> Images:
+    """Left or right half bright, [n, 1, 6, 6]."""
+    labels = np.arange(count) % 2
+    x = np.random.default_rng(count).integers(0, 80, (count, 1, 6, 6))
+    for i, label in enumerate(labels):
+        x[i, 0, :, 3 * label : 3 * label + 3] += 120
+    return Images(x.astype(dtype) if dtype is np.uint8 else (x / 255).astype(dtype), labels)
+
+
+DATA = Data("halves", images(40), images(20), 2)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """m.rq, m.onnx and what quantize said (m.json)."""
+    folder = tmp_path_factory.mktemp("made")
+    result = rqtool.quantize(net(), DATA, out=folder / "m.rq", recipe=Recipe(epochs=1, batch=20))
+    (folder / "m.json").write_text(json.dumps(result.to_json()), encoding="utf-8")
+    rqtool.export_onnx(folder / "m.rq", images=1)
+    return folder
+
+
+# -- quantize ------------------------------------------------------------------------------------------------------------
+def test_a_module_is_not_changed_and_nothing_is_written_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = net()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    result = rqtool.quantize(model, DATA, recipe=CALIBRATED, twin=False)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()) and not model.training
+    assert (result.out, result.ideal_top1, result.loss, result.layers[0]["layer"]) == (None, None, None, "0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_saved_program_is_the_measured_one(made):
+    result = json.loads((made / "m.json").read_text(encoding="utf-8"))
+    assert rqtool.evaluate(made / "m.rq", DATA).top1 == result["metrics"]["tuned_top1"]
+    saved = checkpoint.load(made / "m.rq")
+    assert saved.results == result and saved.recipe == result["recipe"] == Recipe(epochs=1, batch=20).to_dict()
+
+
+def test_the_same_seed_gives_the_same_file(made, tmp_path):
+    rqtool.quantize(net(), DATA, out=tmp_path / "m.rq", recipe=Recipe(epochs=1, batch=20))
+    again, first = (checkpoint.load(folder / "m.rq").program.sha256() for folder in (tmp_path, made))
+    assert again == first
+
+
+def test_a_macro_with_an_ideal_adc_is_its_own_twin():
+    result = rqtool.quantize(net(), DATA, Macro(adc_bits=None), recipe=CALIBRATED)
+    assert result.ideal_top1 == result.tuned_top1 and result.loss == 0
+    assert [row["step"] for row in result.layers] == [None, None]
+
+
+def test_without_test_images_the_held_out_ones_are_measured():
+    result = rqtool.quantize(net(), Data("halves", images(40), None, 2), recipe=CALIBRATED, twin=False)
+    assert (result.measured_on, result.images, result.train_images, result.held_out_images) == ("held-out", 4, 36, 4)
+
+
+def test_pixels_are_worth_what_preprocess_says(tmp_path):
+    for preprocess, expected in ((None, Preprocess(1 / 255)), ({"mean": (0.5,)}, Preprocess(1 / 255, (0.5,))), (Preprocess(2.0), Preprocess(2.0))):
+        rqtool.quantize(net(), DATA, out=tmp_path / "m.rq", recipe=CALIBRATED, preprocess=preprocess, twin=False, force=True)
+        assert checkpoint.load(tmp_path / "m.rq").preprocess == expected
+
+
+def test_float_pixels_need_float_pixels_again(tmp_path):
+    data = Data("halves", images(40, np.float32), images(20, np.float32), 2)
+    rqtool.quantize(net(), data, out=tmp_path / "m.rq", recipe=CALIBRATED, twin=False)
+    assert rqtool.evaluate(tmp_path / "m.rq", data).images == 20
+    with pytest.raises(InputError) as e:
+        rqtool.evaluate(tmp_path / "m.rq", DATA)
+    assert str(e.value) == "halves: images are uint8, but the model takes float32; give pixels in the form it was quantized with"
+    assert rqtool.export_onnx(tmp_path / "m.rq", images=2).report["images"] == 2
+
+
+def test_a_data_set_without_training_images_is_refused():
+    with pytest.raises(InputError) as e:
+        rqtool.quantize(net(), Data("halves", None, images(20), 2))
+    assert str(e.value) == "halves: has no training images to calibrate on; give a data set with a training part (x_train, y_train)"
+
+
+def test_an_unknown_pixel_setting_is_a_mistake_of_the_caller():
+    with pytest.raises(TypeError):
+        rqtool.quantize(net(), DATA, preprocess={"means": 1})
+
+
+# -- evaluate, export, plan ------------------------------------------------------------------------------------------------
+def test_min_acc_passes_at_what_was_reached(made):
+    top1 = rqtool.evaluate(made / "m.rq", DATA).top1
+    assert rqtool.evaluate(made / "m.rq", DATA, min_acc=top1).top1 == top1
+
+
+@pytest.mark.parametrize("min_acc", [-1, 100.5, float("nan")])
+def test_min_acc_is_a_percentage(made, min_acc):
+    with pytest.raises(ConfigError) as e:
+        rqtool.evaluate(made / "m.rq", DATA, min_acc=min_acc)
+    assert str(e.value) == f"--min-acc must be from 0 to 100 percent, not {min_acc:g}"
+
+
+def test_the_ideal_program_has_no_adc(made):
+    program = api.ideal_program(checkpoint.load(made / "m.rq"))
+    assert {op.attrs["adc"]["kind"] for op in program.reads()} == {"ideal"}
+    assert rqtool.evaluate(made / "m.rq", DATA, adc="ideal").macro.ideal
+
+
+def test_export_is_the_same_bytes_each_time(made, tmp_path):
+    again = rqtool.export_onnx(made / "m.rq", tmp_path / "again.onnx", verify=False)
+    assert (tmp_path / "again.onnx").read_bytes() == (made / "m.onnx").read_bytes()
+    assert (again.report, again.bytes) == (None, (made / "m.onnx").stat().st_size)
+
+
+def test_plan_of_a_module_needs_its_input():
+    planned = rqtool.plan(net(), Macro(wl=4), input_shape=(1, 6, 6))
+    assert (planned.source, planned.totals["reads"]) == ("Sequential", 3 * 3 * 16 + 12 * 2)
+    with pytest.raises(ConfigError) as e:
+        rqtool.plan(net())
+    assert str(e.value) == "Sequential: a model file does not say what it takes; give --input C,H,W, for example --input 1,28,28"
+
+
+# -- inspect and verify ------------------------------------------------------------------------------------------------------
+def test_inspect_names_every_tensor_of_every_kind_of_model_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = net().state_dict()
+    torch.save(state, "state.pt")
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, "wrapped.pth")
+    torch.save(net(), "whole.pt")
+    safetensors.torch.save_file(state, "state.safetensors")
+    for name, prefix in (("state.pt", ""), ("wrapped.pth", "module."), ("whole.pt", ""), ("state.safetensors", "")):
+        assert {k: tuple(t.shape) for k, t in state_of(name).items()} == {prefix + k: tuple(t.shape) for k, t in state.items()}, name
+        found = rqtool.inspect(name)
+        assert (found["kind"], found["values"]) == ("weights", sum(t.numel() for t in state.values()))
+    assert [t["name"] for t in rqtool.inspect("state.safetensors")["tensors"]] == sorted(state)
+    assert rqtool.inspect("state.pt")["tensors"][0] == {"name": "0.weight", "shape": [3, 1, 3, 3], "dtype": "float32"}
+
+
+def test_inspect_builds_no_layer_of_a_whole_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(net(), "whole.pt")
+    monkeypatch.setattr("rqtool.model.load.rebuild", lambda *args: pytest.fail("a layer was built"))
+    assert len(rqtool.inspect("whole.pt")["tensors"]) == 9
+
+
+def test_buffers_that_are_not_saved_are_not_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    model[0].register_buffer("hidden", torch.zeros(3), persistent=False)
+    torch.save(model, "whole.pt")
+    assert list(state_of("whole.pt")) == list(model.state_dict()) == ["0.weight"]
+
+
+def test_a_network_that_holds_itself_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = RECORDS["torch.nn.modules.container.Sequential"]()
+    record.state = {"_parameters": {}, "_buffers": {}, "_modules": {"0": record}}
+    monkeypatch.setattr("rqtool.model.load.read_torch", lambda data, where: record)
+    Path("loop.pt").write_bytes(b"x")
+    assert isinstance(record, Record)
+    with pytest.raises(InputError, match=r"^loop\.pt: is refused, for its layer '0' contains itself; "):
+        rqtool.inspect("loop.pt")
+
+
+def test_verify_finds_a_changed_weight_in_an_onnx_file(made, tmp_path):
+    model = onnx.load(made / "m.onnx")
+    cells = next(t for t in model.graph.initializer if t.name.endswith("/cells"))
+    cells.raw_data = bytes([cells.raw_data[0] ^ 1]) + cells.raw_data[1:]
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(CheckError, match=f"^the sha256 of initializer {cells.name} is not the one in the metadata; "):
+        rqtool.verify(tmp_path / "x.onnx")
+
+
+def test_verify_finds_a_carrier_that_differs(made, monkeypatch):
+    trace = api.Runner.trace
+
+    def off_by_one(self: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        values = trace(self, x)
+        values["0"][0, 0, 0, 0] += 1
+        return values
+
+    monkeypatch.setattr(api.Runner, "trace", off_by_one)
+    with pytest.raises(CheckError) as e:
+        rqtool.verify(made / "m.rq")
+    assert str(e.value) == f"{made}/m.rq: tensor 0 differs from the definition on a random image; please report this as a bug"
+
+
+# -- the package ---------------------------------------------------------------------------------------------------------------
+def test_every_public_name_is_there_and_documented():
+    for name in rqtool.__all__:
+        value = getattr(rqtool, name)
+        assert name == "__version__" or value.__doc__, name
+    assert set(rqtool.__all__) <= set(dir(rqtool))
+    with pytest.raises(AttributeError, match="^module 'rqtool' has no attribute 'quantise'$"):
+        rqtool.quantise  # noqa: B018
+    text = (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
+    assert not [name for name in rqtool.__all__ if f"`{name}" not in text and f"rqtool.{name}" not in text]
+
+
+def test_presets_need_no_torch():
+    program = "import sys, rqtool; rqtool.presets(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
+
+
+# -- docs/json.md ----------------------------------------------------------------------------------------------------------------
+def documented() -> dict[str, dict[str, str]]:
+    """{section: {path of a field: its type}} of docs/json.md."""
+    sections: dict[str, dict[str, str]] = {}
+    for line in (REPOSITORY / "docs" / "json.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            sections[line[3:]] = {}
+        row = re.match(r"\| `([^`]+)` \| ([a-z ]+) \|", line)
+        if row:
+            sections[list(sections)[-1]][row[1]] = row[2]
+    return sections
+
+
+KINDS = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "list": list, "object": dict, "null": type(None)}
+
+
+def paths(value: Any, types: dict[str, str], path: str = "") -> set[str]:
+    """The paths of all fields of a JSON object, down to those that the document describes as a whole; their types are checked."""
+    found: set[str] = set()
+    rows = value if isinstance(value, list) else [value]
+    for row in rows:
+        for key, inside in row.items() if isinstance(row, dict) else ():
+            here = f"{path}.{key}".strip(".")
+            kinds = types[here].split(" or ")
+            assert any(isinstance(inside, KINDS.get(kind, object)) for kind in kinds), here
+            found.add(here)
+            if "object" in kinds or "list" in kinds:
+                found |= paths(inside, types, here + "[]" if isinstance(inside, list) else here)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("section", "line"),
+    [
+        ("error", "plan nowhere.pt"), ("eval", "eval m.rq --data test_api:data"), ("export", "export m.rq --out x.onnx --images 1"), ("verify", "verify m.rq m.onnx"),
+        ("plan", "plan demo"), ("inspect", "inspect m.pt"), ("inspect of a .rq file", "inspect m.rq"), ("inspect of an .onnx file", "inspect m.onnx"),
+        ("presets", "presets"), ("ops", "ops"), ("doctor", "doctor"),
+    ],
+)  # fmt: skip
+def test_the_document_lists_every_field(made, tmp_path, monkeypatch, capsys, section, line):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "test_api", sys.modules[__name__])
+    for name in ("m.rq", "m.onnx"):
+        os.symlink(made / name, name)
+    torch.save(net().state_dict(), "m.pt")
+    run([*line.split(), "--json"])
+    assert paths(json.loads(capsys.readouterr().out), documented()[section]) == set(documented()[section])
+
+
+def data() -> Data:
+    return DATA
+
+
+def test_the_document_lists_every_field_of_quantize(made):
+    result = json.loads((made / "m.json").read_text(encoding="utf-8"))
+    assert paths(result, documented()["quantize"]) == set(documented()["quantize"])
+
+
+def test_the_document_has_every_command():
+    assert set(COMMANDS) <= set(documented())
