@@ -38,7 +38,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], width: int | No
     widths = [max(map(len, column)) for column in zip(headers, *cells)]
     if width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
         return "\n\n".join(pairs(list(zip(headers, row)), width) for row in cells)
-    words = [i == 0 or any(cell[:1].isalpha() for cell in column) for i, column in enumerate(zip(*cells))]
+    words = [i == 0 or any(row[i][:1].isalpha() for row in cells) for i in range(len(headers))]
     lines = ([cell.ljust(n) if left else cell.rjust(n) for cell, n, left in zip(row, widths, words)] for row in [list(headers), *cells])
     return "\n".join("  ".join(line).rstrip() for line in lines)
 

@@ -1,0 +1,117 @@
+"""Results as text: aligned, escaped, never wider than the terminal, and right about what is missing."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rqtool.hardware.macro import Macro
+from rqtool.report import results
+from rqtool.report.doctor import doctor
+from rqtool.report.text import number, pairs, paragraphs, table
+
+LAYER = {
+    "layer": "conv1", "kind": "conv2d", "kernel": [3, 3], "groups": 1, "rows": 27, "columns": 16, "tiles": 3, "input_planes": 1, "weight_planes": 1, "p_min": -945,
+    "p_max": 945, "acc_bound": 45, "positions": 4, "macs": 1728, "reads": 192, "reads_per_mac": 1 / 9, "cycles": 24, "input_scale": 0.1, "input_zero": 0, "step": 33.456,
+    "zero": 8, "clip_rate": 0.01234,
+}  # fmt: skip
+QUANTIZED = {
+    "command": "quantize", "out": "m.rq", "macro": Macro().to_dict(), "recipe": {"epochs": 1, "seed": 3},
+    "metrics": {"float_top1": 92.1, "ptq_top1": 88.888, "tuned_top1": 90.0, "ideal_top1": 91.5, "adc_loss": 1.5, "agreement": 99.9, "images": 1000, "reads_per_mac": 1 / 9},
+    "measured_on": "test", "train_images": 900, "held_out_images": 100, "chosen": "epoch 1", "fully_integer": True, "islands": [], "layers_off_macro": [],
+    "layers": [LAYER], "seconds": 12.34,
+}  # fmt: skip
+
+
+def test_the_closing_table_of_quantize():
+    assert results.quantized(QUANTIZED) == """\
+macro  9 wordlines, 8 I/O, 4-bit ADC (twos, layer, calibrated), 4-bit inputs, 4-bit weights, signed
+
+top-1 on 1000 test images      %
+float                      92.10
+post-training              88.89
+fine-tuned                 90.00
+ideal-ADC twin             91.50
+loss to the ADC             1.50
+
+layer  rows  columns  tiles  reads/MAC   step  zero  clipped %
+conv1    27       16      3       0.11  33.46     8       1.23
+
+fully integer         yes
+layers off the macro  none
+reads per MAC         0.11
+trained               1 epoch on 900 images, seed 3
+chosen                epoch 1, by 100 held-out images
+agreement             integer program and training name the same class on 99.90 % of the images
+file                  m.rq
+seconds               12.34"""
+
+
+def test_what_is_not_there_is_a_dash_or_a_word():
+    metrics = {**QUANTIZED["metrics"], "ideal_top1": None, "adc_loss": None}
+    layer = {**LAYER, "step": None, "zero": None}
+    lines = results.quantized({**QUANTIZED, "metrics": metrics, "layers": [layer], "out": None, "islands": ["softmax"], "fully_integer": False}).splitlines()
+    assert [line.split() for line in lines if line.startswith(("ideal", "loss"))] == [["ideal-ADC", "twin", "-"], ["loss", "to", "the", "ADC", "-"]]
+    assert lines[10].split() == ["conv1", "27", "16", "3", "0.11", "-", "-", "1.23"]
+    assert "file                  not saved" in lines and "fully integer         no, but for softmax" in lines
+
+
+def test_results_that_a_file_claims_are_only_data():
+    data = {
+        "source": "m.rq", "kind": "rq", "macro": Macro().to_dict(), "preprocess": {"scale": 1.0, "mean": [0.0], "std": [1.0]}, "program_sha256": "ab",
+        "ops": [{"name": "conv\x1b[2J", "kind": "reads", "output": [1, 2]}],
+    }  # fmt: skip
+    for claimed in (None, [], {}, {"metrics": 5}, {"metrics": {}}):
+        assert "top1" not in results.inspected({**data, "results": claimed})
+    shown = results.inspected({**data, "results": {"metrics": {"x\x1b": "\x07", "y": None, "z": 1.239}}})
+    assert "x\\x1b    \\x07\ny        None\nz        1.24\n" in shown and "conv\\x1b[2J" in shown and "\x1b" not in shown
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_nothing_is_wider_than_the_terminal(width):
+    texts = [results.quantized(QUANTIZED, width), results.doctor({**doctor(), "reason": "word " * 30, "cache": None}, width)]
+    planned = {"source": "m", "macro": Macro().to_dict(), "input_shape": [3, 8, 8], "layers": [LAYER], "totals": {"tiles": 3, "macs": 1, "reads": 2, "cycles": 3, "reads_per_mac": 2.0}}
+    texts.append(results.planned(planned, width))
+    assert max(len(line) for text in texts for line in text.splitlines()) <= width
+
+
+def test_a_narrow_table_becomes_paragraphs():
+    assert table(["layer", "rows"], [["a", 1], ["b", 22]], 11) == "layer  rows\na         1\nb        22"
+    assert table(["layer", "rows"], [["a", 1], ["b", 22]], 10) == "layer  a\nrows   1\n\nlayer  b\nrows   22"
+
+
+def test_words_stand_left_and_figures_right():
+    assert table(["name", "kind", "n"], [["x", "conv2d", 5], ["y", "fc", 10]]) == "name  kind     n\nx     conv2d   5\ny     fc      10"
+
+
+def test_a_table_without_rows_is_its_head():
+    assert table(["name", "n"], []) == "name  n"
+
+
+@given(st.lists(st.tuples(st.text(max_size=8), st.text(max_size=60)), min_size=1, max_size=4), st.integers(30, 90))
+def test_pairs_keep_every_value_and_no_control_character(items, width):
+    text = pairs(items, width)
+    assert all(c == "\n" or c.isprintable() for c in text)
+    assert pairs(items).count("\n") == len(items) - 1
+
+
+def test_numbers_and_paragraphs():
+    assert [number(x) for x in (1, 0.125, 99.995, None)] == ["1.00", "0.12", "100.00", "-"]
+    assert paragraphs("a", "", "b") == "a\n\nb"
+
+
+def test_the_doctor_without_numba(monkeypatch):
+    monkeypatch.setattr("rqtool.kernels.choose.numba_available", lambda: False)
+    found = doctor()
+    assert (found["carrier"], found["reason"], found["cache"]) == ("chunked (torch)", "numba is not installed", None)
+
+
+def test_the_doctor_where_numba_fails_or_differs(monkeypatch):
+    def fails(*args: object) -> bool:
+        raise RuntimeError("no locator available\nmore")
+
+    monkeypatch.setattr("rqtool.program.run.certified", fails)
+    assert (doctor()["carrier"], doctor()["reason"]) == ("none", "numba cannot compile here (RuntimeError: no locator available)")
+    monkeypatch.setattr("rqtool.program.run.certified", lambda *args: False)
+    assert (doctor()["carrier"], doctor()["reason"]) == ("chunked (torch)", "a code of the compiled converter differs from the definition")
