@@ -487,7 +487,12 @@ def _inspect_onnx(path: str | Path) -> dict[str, Any]:
     from rqtool.export import metadata
     from rqtool.export.validate import load_onnx
 
-    return {"command": "inspect", "source": str(path), "kind": "onnx", "metadata": metadata.read(load_onnx(path))}
+    document = metadata.read(load_onnx(path))
+    try:
+        Macro(**document["macro"]["fields"])
+    except (TypeError, ConfigError) as e:
+        raise InputError(f"{escaped(path)}: its metadata describes no macro that can be ({escaped(e)}); export the file again") from e
+    return {"command": "inspect", "source": str(path), "kind": "onnx", "metadata": document}
 
 
 def verify(path: str | Path) -> dict[str, Any]:

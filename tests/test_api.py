@@ -191,6 +191,25 @@ def test_a_network_that_holds_itself_is_refused(tmp_path, monkeypatch):
         rqtool.inspect("loop.pt")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("wl", 0, "--wl must be a whole number from 1 to 4096, not 0"),
+        ("volts\x1b", 1, "Macro.__init__() got an unexpected keyword argument 'volts\\x1b'"),
+    ],
+)
+def test_inspect_refuses_metadata_of_an_impossible_macro(made, tmp_path, field, value, why):
+    model = onnx.load(made / "m.onnx")
+    entry = next(p for p in model.metadata_props if p.key == "rqtool.reram/1")
+    document = json.loads(entry.value)
+    document["macro"]["fields"][field] = value
+    entry.value = json.dumps(document)
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError) as e:
+        rqtool.inspect(tmp_path / "x.onnx")
+    assert str(e.value) == f"{tmp_path}/x.onnx: its metadata describes no macro that can be ({why}); export the file again"
+
+
 def test_verify_finds_a_changed_weight_in_an_onnx_file(made, tmp_path):
     model = onnx.load(made / "m.onnx")
     cells = next(t for t in model.graph.initializer if t.name.endswith("/cells"))
