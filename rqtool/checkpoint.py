@@ -23,6 +23,7 @@ from rqtool.model.data import Preprocess
 from rqtool.model.graph import Graph, Node
 from rqtool.model.network import Network
 from rqtool.program.ir import Program
+from rqtool.program.prove import Broken, geometry, prove, wholes
 from rqtool.storage import load_tensors, save_tensors
 from rqtool.train.layers import ReadLayer
 
@@ -71,9 +72,24 @@ def _build(tensors: dict[str, np.ndarray], document: dict[str, Any]) -> Checkpoi
     macro, graph = Macro(**document["macro"]), Graph.from_json(document["graph"])
     network = build_network(graph, macro, {name: torch.from_numpy(np.array(a)) for name, a in parts["network"].items()})
     program = Program.from_json(document["program"], parts["program"])
+    prove(program)
+    _check_network(graph, program)
     return Checkpoint(
         macro, network, program, document["peaks"], Preprocess.from_dict(document["preprocess"]), document["classes"], document["recipe"], document["results"]
     )
+
+
+def _check_network(graph: Graph, program: Program) -> None:
+    """Refuse a graph whose layers or shapes are not the program's: what `plan` and re-freezing would read from it."""
+    try:
+        layers = {node.name: geometry(node.attrs["geometry"]) for node in graph.convs()}
+        for node in graph.nodes:
+            wholes(node.shape, len(node.shape), 1, f"the shape of {node.name}")
+    except Broken as e:
+        raise InputError(f"the network is broken: {escaped(e)}; make the file again") from e
+    reads = {op.attrs["layer"]: geometry(op.attrs["geometry"]) for op in program.reads()}
+    if layers != reads or tuple(graph.input_shape) != program.tensors[program.input].shape:
+        raise InputError("the network and the integer program are not the same; make the file again")
 
 
 def build_network(graph: Graph, macro: Macro, state: dict[str, torch.Tensor]) -> Network:

@@ -25,6 +25,14 @@ NORM_BATCH = 256
 HELD_VALUES = 1 << 26  # numbers in the largest tensor of a batch, where nothing asks for a certain batch
 
 
+WHOLE_FIELDS = {"epochs": 0, "batch": 2, "seed": 0, "calibration_images": 2, "norm_images": 2, "held_out": 1}
+TINY, HUGE = 1e-12, 1e12
+REAL_FIELDS = {
+    "lr": (TINY, HUGE, "a positive number"), "weight_decay": (0, HUGE, "a number of at least 0"), "hard_share": (0, 1, "from 0 to 1"),
+    "tau_start": (TINY, HUGE, "a positive number"), "tau_end": (TINY, HUGE, "a positive number"), "warmup": (0, 0.99, "from 0 to 0.99"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to fine-tune. Temperatures are in codes; `hard_share` of the steps at the end run without noise."""
@@ -46,12 +54,15 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"--mode {escaped(self.mode)} is not known; {suggestion(str(self.mode), MODES)}")
-        for name, low in (("epochs", 0), ("batch", 2), ("calibration_images", 2), ("norm_images", 2)):
+        for name, low in WHOLE_FIELDS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ConfigError(f"--{name.replace('_', '-')} must be a whole number of at least {low}, not {escaped(value)}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"--lr must be a positive number, not {escaped(self.lr)}")
+                if not (name == "held_out" and value is None):
+                    raise ConfigError(f"--{name.replace('_', '-')} must be a whole number of at least {low}, not {escaped(value)}")
+        for name, (low, high, what) in REAL_FIELDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and low <= value <= high):
+                raise ConfigError(f"--{name.replace('_', '-')} must be {what}, not {escaped(value)}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
