@@ -179,6 +179,12 @@ def changes_its_weight(m, x):
     return m.a(x)
 
 
+def with_nan(layer):
+    with torch.no_grad():
+        layer.weight[1, 2] = torch.nan
+    return layer
+
+
 ops = "`rqtool ops` lists what is"
 batch = "its first axis is not the batch of images; the model mixes images or drops the batch, which a macro cannot"
 computed = "uses a weight that is computed while the model runs, or is neither parameter nor buffer; store the computed weight (for example with remove_parametrizations) and load that"
@@ -203,6 +209,7 @@ REFUSED = {
     "other in training": (lambda: Model(other_in_training, a=nn.Linear(6, 3)), (6,), "the captured graph does not compute what the model computes in eval mode; the model behaves differently in training, export it without that branch"),
     "fails in eval": (lambda: Model(fails_in_eval, a=nn.Linear(6, 3)), (6,), "the model can be captured, but fails in eval mode on images of shape [6]: first line"),
     "float64": (lambda: nn.Linear(6, 3).double(), (6,), "the model can be captured, but fails in eval mode on images of shape [6]: mat1 and mat2 must have the same dtype, but got Float and Double"),
+    "weights that are no numbers": (lambda: Model(lambda m, x: m.a(x), a=with_nan(nn.Linear(6, 3))), (6,), "the model's scores of random images are not finite numbers; look for infinity or NaN in the model file"),
     "chunk": (lambda: Model(lambda m, x: m.a(x.chunk(2, 1)[0]), a=nn.Linear(3, 2)), (6,), f"chunk: the operation aten.chunk.default is not supported; {ops}"),
     "adaptive max pool": (lambda: nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(1, 2)), (1, 6, 6), f"adaptive_max_pool2d: the operation aten.adaptive_max_pool2d.default is not supported; {ops}"),
     "parameter added": (lambda: Model(lambda m, x: m.a(m.p + x), a=nn.Linear(6, 2), p=weight(6)), (6,), f"add: the operation aten.add.Tensor is not supported in this form; {ops}"),

@@ -476,5 +476,7 @@ def _compare(model: nn.Module, network: Network, shape: tuple[int, ...]) -> None
     """Refuse a capture that does not compute what the model computes, on random inputs in eval mode."""
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     expected, got = _eval(model, x), network(x)
+    if not torch.isfinite(expected).all():
+        raise InputError("the model's scores of random images are not finite numbers; look for infinity or NaN in the model file")
     if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-3, atol=1e-4 * (1 + float(expected.abs().max()))):
         raise InputError("the captured graph does not compute what the model computes in eval mode; the model behaves differently in training, export it without that branch")

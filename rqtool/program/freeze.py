@@ -23,12 +23,16 @@ from rqtool.errors import InputError, escaped
 from rqtool.hardware.macro import Macro
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.model.graph import Graph, Node
-from rqtool.program.ir import REQUANT_BOUND, Op, Program, Tensor, check
+from rqtool.program.ir import REQUANT_BOUND, Op, Program, Tensor
+from rqtool.program.prove import prove
 
 GRID_PEAK = (1 << 19) - 1  # the 20-bit grid of values between layers: 2**19 times a 10-bit mantissa stays below 2**30
-ODD_SUM_PEAK = (1 << 15) - 1  # sums that are divided by a number that is no power of two share bits with its multiplier
+ODD_SUM_PEAK = (1 << 15) - 1  # values that are multiplied or divided by a number that is no power of two share bits with it
 GRID_MARGIN = 2.0  # it reaches twice the largest value seen on the calibration images
 OUTPUT_PEAK = 1 << 20  # class scores get finer codes
+FINEST = REQUANT_BOUND / 4  # no grid is so fine that a proven bound reaches more steps: a requant would pass its own bound
+LARGEST_BOUND = 1 << 20  # more times the peak, and fewer than 8 bits of the grid would be left for what was seen
+SMALLEST = 2.0**-60  # where nothing was ever seen and nothing can come
 MAX_SHIFT = 30
 MAX_TERMS = 3
 
@@ -134,9 +138,27 @@ class Freezer:
         consts["add"] = _whole(add, shift)
         return self.emit("requant", name, tuple(t for t, _ in value.terms), value.shape, lo, hi, {"shift": shift, "lo": lo, "hi": hi}, consts)
 
-    def settle(self, value: Value, name: str, peak: float | None = None, reach: int = GRID_PEAK) -> Value:
+    def bound(self, value: Value) -> float:
+        """The largest magnitude that the proven bounds of its tensors allow."""
+        return float(np.max(sum(np.abs(a) * self.tensors[t].peak for t, a in value.terms) + np.abs(value.offset)))
+
+    def real_scale(self, value: Value, name: str, reach: int) -> float:
+        """The smallest scale at which `reach` steps cover the peak of node `name` with its margin and a requant can count them."""
+        bound, peak = self.bound(value), self.peaks[name]
+        if not bound <= LARGEST_BOUND * peak and peak > 0:
+            raise InputError(
+                f"{escaped(name)}: its weights allow values {bound / peak:.3g} times as large as any seen on the calibration images, beyond 2**20; "
+                "its batch norm or weights are degenerate, retrain or prune that channel"
+            )
+        return max(GRID_MARGIN * peak / reach, bound / FINEST)
+
+    def grid_scale(self, value: Value, name: str, reach: int = GRID_PEAK) -> float:
+        """The same as a power of two."""
+        return _dyadic(self.real_scale(value, name, reach))
+
+    def settle(self, value: Value, name: str, scale: float | None = None, reach: int = GRID_PEAK) -> Value:
         """The value as whole numbers -reach..reach on a power-of-two grid that covers its peak (or a given one)."""
-        scale = _dyadic(self.peaks[name] if peak is None else peak, reach)
+        scale = self.grid_scale(value, name, reach) if scale is None else scale
         tensor = self.requant(value, f"{name}.grid", scale, 0, -reach, reach)
         return _grid(tensor, scale, value.shape)
 
@@ -167,23 +189,27 @@ class Freezer:
         self.tensors[name] = Tensor(name, shape, 0, 255) if whole else Tensor(name, shape, None, None)
         if whole:
             return Value(((name, mult),), add, shape)
-        scale = _dyadic((self.peaks[name] + np.abs(add).max()) / np.abs(mult).min(), GRID_PEAK)
-        attrs = {"exponent": -int(np.log2(scale)), "lo": -GRID_PEAK, "hi": GRID_PEAK}
-        tensor = self.emit("quantize", f"{name}.grid", (name,), shape, -GRID_PEAK, GRID_PEAK, attrs)
+        reach = GRID_PEAK if np.all(np.frexp(mult)[0] == 0.5) else ODD_SUM_PEAK  # a factor that is no power of two needs bits of its own
+        scale = _dyadic(GRID_MARGIN * (self.peaks[name] + np.abs(add).max()) / np.abs(mult).min() / reach)
+        attrs = {"exponent": -int(np.log2(scale)), "lo": -reach, "hi": reach}
+        tensor = self.emit("quantize", f"{name}.grid", (name,), shape, -reach, reach, attrs)
         return Value(((tensor, mult * scale),), add, shape)
 
     def _finish(self) -> Program:
         value, name = self.values[self.graph.output], self.graph.output
-        scale = GRID_MARGIN * max(self.peaks[name], 1e-12) / OUTPUT_PEAK
+        for node in self.graph.nodes:
+            if node.name == name and node.op == "tail":  # a softmax is left out: what it is given sets the range
+                name = node.inputs[0]
+        scale = self.real_scale(value, name, OUTPUT_PEAK) or 1.0
         output = self.requant(value, "output", scale, 0, -OUTPUT_PEAK, OUTPUT_PEAK)
         program = Program(self.macro, self.graph.input, output, self.tensors, tuple(self.ops), self.constants, {"output_scale": scale, "scales": self.scales, "islands": []})
-        check(program)
+        prove(program)
         return program
 
 
-def _dyadic(peak: float, reach: int) -> float:
-    """The smallest power of two at which `reach` steps cover the peak with its margin."""
-    return 2.0 ** np.ceil(np.log2(GRID_MARGIN * max(peak, 1e-12) / reach))
+def _dyadic(scale: float) -> float:
+    """The smallest power of two that is not below `scale`, and not below 2**-60."""
+    return 2.0 ** np.ceil(np.log2(max(scale, SMALLEST)))
 
 
 def _grid(tensor: str, scale: float, shape: tuple[int, ...]) -> Value:
@@ -319,10 +345,10 @@ def _covered(size: tuple[int, ...], attrs: dict[str, Any]) -> np.ndarray:
 
 
 def _concat(f: Freezer, node: Node) -> Value:
-    peak = max(f.peaks[name] for name in node.inputs)
-    values = [f.settle(f.values[name], name, peak) for name in node.inputs]
+    scale = max(f.grid_scale(f.values[name], name) for name in node.inputs)
+    values = [f.settle(f.values[name], name, scale) for name in node.inputs]
     tensor = f.emit("concat", node.name, tuple(v.terms[0][0] for v in values), node.shape, -GRID_PEAK, GRID_PEAK, {"axis": node.attrs["axis"]})
-    return _grid(tensor, float(values[0].terms[0][1].flat[0]), node.shape)
+    return _grid(tensor, scale, node.shape)
 
 
 def _pad(f: Freezer, node: Node) -> Value:
