@@ -4,7 +4,8 @@
 
 DIR holds data/mnist.npz, data/cifar10_jpeg75.npz, models/reference_models.py and the weights beside it. A finished row is a JSON
 file in --rows (default build/experiments) named after the job; delete it to run the job again. Every job is one call of
-rqtool.quantize, and trains the ideal-ADC twin equally long from the same seed.
+rqtool.quantize. The ideal-ADC twin is trained equally long from the same seed; jobs that differ only in the ADC have the same twin,
+which is then trained once.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Experiment:
 
 EXPERIMENTS = {
     "mnist-4-4-4": Experiment("mnist"),
+    "mnist-4-4-4-column": Experiment("mnist", macro=(("granularity", "column"),)),
     "mnist-nthu-2019": Experiment("mnist", preset="nthu-2019"),
     "cifar-4-4-4": Experiment("cifar", epochs=1),
 }
@@ -88,14 +90,31 @@ def read_model(task: Task, models: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def run(name: str, seed: int, shared: Path, data: rqtool.Data) -> dict:
+def macro_of(name: str) -> rqtool.Macro:
+    return rqtool.make_macro(EXPERIMENTS[name].preset, **dict(EXPERIMENTS[name].macro))
+
+
+def known_twin(name: str, seed: int, rows: Path) -> float | None:
+    """The ideal-ADC twin's top-1 from a finished row with the same task, bits, epochs and seed."""
+
+    def twin(n: str) -> tuple:
+        return EXPERIMENTS[n].task, EXPERIMENTS[n].epochs, macro_of(n).in_bits, macro_of(n).w_bits
+
+    paths = [rows / f"{n}-seed{seed}.json" for n in EXPERIMENTS if n != name and twin(n) == twin(name)]
+    found = [json.loads(p.read_text())["metrics"]["ideal_top1"] for p in paths if p.exists()]
+    return found[0] if found else None
+
+
+def run(name: str, seed: int, shared: Path, data: rqtool.Data, rows: Path) -> dict:
     """The JSON result of one job."""
-    experiment = EXPERIMENTS[name]
-    task = TASKS[experiment.task]
-    recipe = rqtool.Recipe(epochs=experiment.epochs, seed=seed, batch=task.batch)
-    macro = rqtool.make_macro(experiment.preset, **dict(experiment.macro))
-    preprocess = rqtool.Preprocess(mean=task.mean, std=task.std)
-    return rqtool.quantize(read_model(task, shared / "models"), data, macro, recipe=recipe, preprocess=preprocess).to_json()
+    task = TASKS[EXPERIMENTS[name].task]
+    recipe = rqtool.Recipe(epochs=EXPERIMENTS[name].epochs, seed=seed, batch=task.batch)
+    preprocess, twin = rqtool.Preprocess(mean=task.mean, std=task.std), known_twin(name, seed, rows)
+    model = read_model(task, shared / "models")
+    result = rqtool.quantize(model, data, macro_of(name), recipe=recipe, preprocess=preprocess, twin=twin is None).to_json()
+    if twin is not None:
+        result["metrics"] |= {"ideal_top1": twin, "adc_loss": twin - result["metrics"]["tuned_top1"]}
+    return result
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
@@ -108,7 +127,7 @@ def spread(values: list[float]) -> str:
 def row(name: str, results: list[dict]) -> str:
     m, macro, recipe = [r["metrics"] for r in results], results[0]["macro"], results[0]["recipe"]
     column = {key: spread([x[key] for x in m]) for key in ("float_top1", "ptq_top1", "tuned_top1", "ideal_top1", "adc_loss")}
-    setting = f"{macro['wl']} rows on, {macro['in_bits']}/{macro['w_bits']} bits, {macro['adc_bits']}-bit ADC, {macro['codebook']}, {macro['sign_scheme']}"
+    setting = f"{macro['wl']} rows on, {macro['in_bits']}/{macro['w_bits']} bits, {macro['adc_bits']}-bit ADC, {macro['codebook']}, {macro['sign_scheme']}, step per {macro['granularity']}"
     cells = [name, setting, f"{m[0]['reads_per_mac']:.4f}", str(recipe["epochs"]), str(len(results)), *column.values(), f"{min(x['agreement'] for x in m):.2f}"]
     return "| " + " | ".join(cells) + " |"
 
@@ -147,7 +166,7 @@ def main() -> None:
             for name in (n for n in args.only if EXPERIMENTS[n].task == task):
                 path = args.rows / f"{name}-seed{seed}.json"
                 if not path.exists():
-                    result = run(name, seed, args.shared, data)
+                    result = run(name, seed, args.shared, data, args.rows)
                     write_atomic(path, json.dumps(result).encode())
                     print(path.name, json.dumps(result["metrics"]), f"{result['seconds']} s", flush=True)
     write_atomic(args.report, report(args.rows).encode(), force=True)
