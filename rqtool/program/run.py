@@ -48,7 +48,6 @@ class Reads:
         self.plan, self.pad = program.plan(op), op.attrs["pad"]
         g, kind = self.plan.geometry, op.attrs["adc"]["kind"]
         weight = torch.from_numpy(program.const(op, "weight").astype(np.int32)).reshape(g.columns, -1)
-        self.whole = weight
         self.planes = [extract(weight, b) for b in self.plan.weight_planes]
         self.ideal = kind == "ideal"
         self.spec, self.fast = (None, False) if self.ideal else self._prepare(program, op, kind)
