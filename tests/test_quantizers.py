@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rqtool.train.quantizers import MANTISSA_BITS, InputQuantizer, WeightQuantizer, round_ste, sample, snap_scale
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The tensors are so small that a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def input_quantizer(bits: int, scale: float, zero: int = 0) -> InputQuantizer:
