@@ -54,6 +54,7 @@ from rqtool.train.measure import layer_table, percent, predictions, real_predict
 from rqtool.train.rewrite import plans, read_layers, rewrite
 
 HELD_OUT_PEAK = 5000
+DEMO_EPOCHS = 6  # its 3,600 training images are few steps each
 TABLE_IMAGES = 128  # images behind clip rates
 PEAK_IMAGES, PEAK_BATCH = 512, 128  # images behind the ranges of grids
 CALIBRATION_VALUES = 1 << 28  # calibration is one pass over all its images, so it may hold more at once than a batch
@@ -557,6 +558,6 @@ def run_demo(folder: str | Path = "rqtool-demo", *, macro: Macro | None = None, 
     except OSError as e:
         raise StorageError(f"{escaped(folder)}: cannot be made ({e.strerror}); name another folder") from e
     rq, onnx = folder / "demo.rq", folder / "demo.onnx"
-    quantized = quantize("demo", "demo", macro, out=rq, recipe=recipe, force=True, progress=progress)
+    quantized = quantize("demo", "demo", macro, out=rq, recipe=recipe or Recipe(epochs=DEMO_EPOCHS), force=True, progress=progress)
     evaluated = evaluate(rq, "demo", progress=progress)
     return Demo(quantized, evaluated, export_onnx(rq, onnx, data="demo", images=4, force=True, progress=progress))

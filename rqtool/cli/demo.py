@@ -14,7 +14,7 @@ from rqtool.report import results
 @shows(results.demo)
 def demo(
     folder: Annotated[str, option("--folder", metavar="DIR", help="Where demo.rq and demo.onnx go (default rqtool-demo).")] = "rqtool-demo",
-    epochs: Annotated[str, option("--epochs", metavar="N", help="Epochs of fine-tuning (default 2).")] = "2",
+    epochs: Annotated[str, option("--epochs", metavar="N", help="Epochs of fine-tuning (default 6).")] = "6",
     threads: Threads = None,
 ) -> dict[str, Any]:
     """Do the whole job on an embedded model and data set.
