@@ -352,7 +352,7 @@ def test_quantize_without_options_leaves_every_default(rqtool, called):
         ("plan m.pt --arch a.b:c --input 1,8,8 --wl 4", "plan", {"model": "m.pt", "macro": Macro(wl=4), "arch": "a.b:c", "input_shape": (1, 8, 8)}),
         ("plan m.rq", "plan", {"model": "m.rq", "macro": None, "arch": None, "input_shape": None}),
         ("demo --folder f --epochs 1", "run_demo", {"folder": "f", "recipe": Recipe(epochs=1)}),
-        ("demo", "run_demo", {"folder": "rqtool-demo", "recipe": Recipe()}),
+        ("demo", "run_demo", {"folder": "rqtool-demo", "recipe": Recipe(epochs=6)}),
     ],
 )  # fmt: skip
 def test_the_other_commands_reach_theirs(rqtool, called, line, function, expected):
