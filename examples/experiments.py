@@ -57,10 +57,12 @@ class Experiment:
     macro: tuple[tuple[str, object], ...] = ()
     preset: str | None = None
     epochs: int = 2
+    mode: str = "relaxed"
 
 
 EXPERIMENTS = {
     "mnist-4-4-4": Experiment("mnist"),
+    "mnist-4-4-4-ste": Experiment("mnist", mode="ste"),
     "mnist-4-4-4-column": Experiment("mnist", macro=(("granularity", "column"),)),
     "mnist-nthu-2019": Experiment("mnist", preset="nthu-2019"),
     "cifar-4-4-4": Experiment("cifar", epochs=1),
@@ -108,7 +110,7 @@ def known_twin(name: str, seed: int, rows: Path) -> float | None:
 def run(name: str, seed: int, shared: Path, data: rqtool.Data, rows: Path) -> dict:
     """The JSON result of one job."""
     task = TASKS[EXPERIMENTS[name].task]
-    recipe = rqtool.Recipe(epochs=EXPERIMENTS[name].epochs, seed=seed, batch=task.batch)
+    recipe = rqtool.Recipe(epochs=EXPERIMENTS[name].epochs, seed=seed, batch=task.batch, mode=EXPERIMENTS[name].mode)
     preprocess, twin = rqtool.Preprocess(mean=task.mean, std=task.std), known_twin(name, seed, rows)
     model = read_model(task, shared / "models")
     result = rqtool.quantize(model, data, macro_of(name), recipe=recipe, preprocess=preprocess, twin=twin is None).to_json()
@@ -127,7 +129,7 @@ def spread(values: list[float]) -> str:
 def row(name: str, results: list[dict]) -> str:
     m, macro, recipe = [r["metrics"] for r in results], results[0]["macro"], results[0]["recipe"]
     column = {key: spread([x[key] for x in m]) for key in ("float_top1", "ptq_top1", "tuned_top1", "ideal_top1", "adc_loss")}
-    setting = f"{macro['wl']} rows on, {macro['in_bits']}/{macro['w_bits']} bits, {macro['adc_bits']}-bit ADC, {macro['codebook']}, {macro['sign_scheme']}, step per {macro['granularity']}"
+    setting = f"{macro['wl']} rows on, {macro['in_bits']}/{macro['w_bits']} bits, {macro['adc_bits']}-bit ADC, {macro['codebook']}, {macro['sign_scheme']}, step per {macro['granularity']}, {recipe['mode']}"
     cells = [name, setting, f"{m[0]['reads_per_mac']:.4f}", str(recipe["epochs"]), str(len(results)), *column.values(), f"{min(x['agreement'] for x in m):.2f}"]
     return "| " + " | ".join(cells) + " |"
 
