@@ -64,6 +64,7 @@ def test_resnet_20_on_cifar(shared_data: Callable[[str], Path], shared_model: Ca
     result = rqtool.quantize(
         shared_model("resnet20_cifar10jpeg_finetuned.pt"), data, arch="reference_models:resnet20", out=out, recipe=CALIBRATE_ONLY, preprocess=preprocess, twin=False
     )
+    # result.agreement is not asserted: deep networks miss the 99.9 % that is asked for (docs/training.md); 89.67 was seen with this little calibration
     assert result.float_top1 > 80 and result.tuned_top1 > 60
     assert len(result.layers) == 20 and torch.isfinite(torch.tensor([row["clip_rate"] for row in result.layers])).all()
     assert proved(out, data.test.x[:2]) > 2 * 500_000

@@ -7,7 +7,7 @@ Between two reads a value is not a tensor but a linear combination of integer te
 Batch norm, bias, residual additions and ReLU only edit that formula; one `requant` pays for all of them when the next layer's
 input codes are made. Where an operation needs numbers (a pool, a join, a second user) the value is written to a 20-bit grid whose
 scale is a power of two: sums of such grids need no rounded multiplier, and since training snaps the inverse of an input scale to
-a 10-bit mantissa, neither does the next quantiser. What is left of the real arithmetic is one rounding per grid.
+a 10-bit mantissa, neither does the next quantiser. What is left of the real arithmetic is the rounding of grids and of the other multipliers.
 """
 
 from __future__ import annotations
