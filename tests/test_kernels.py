@@ -137,12 +137,12 @@ def by_planes(layer: Layer, forward) -> np.ndarray:
 def test_every_accumulator_equals_golden(seed):
     layer = random_layer(seed)
     spec, expected = spec_of(layer), golden.run(layer.program, layer.x)["y"]
-    fused = by_planes(layer, lambda x, w: cpu.forward(x.astype(np.float32), w, spec, 1))
+    fused = [by_planes(layer, lambda x, w: cpu.forward(x, w, spec, 1, dot8=dot8, dtype=dtype)) for dot8, dtype in ((True, np.float32), (False, np.float32), (True, np.int32))]
     chunked = by_planes(layer, lambda x, w: reference.forward(torch.from_numpy(x).double(), torch.from_numpy(w), spec))
     assert np.array_equal(chunked, expected)
     assert np.array_equal(run.Reads(layer.program, layer.op)(torch.from_numpy(layer.x)).numpy(), expected)
     if layer.plan.acc_bound < choose.FLOAT32_WHOLE:
-        assert np.array_equal(fused, expected)
+        assert all(np.array_equal(acc, expected) for acc in fused)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -167,9 +167,11 @@ def test_a_code_that_differs_is_not_certified(monkeypatch):
     plan = layer_program(CASES["kernel_per_read"]).plan(layer_program(CASES["kernel_per_read"]).ops[0])
     mult, zero = np.array([[513]]), np.array([[8]])
     assert run.certified(plan, mult, zero)
-    right = cpu.codes
-    monkeypatch.setattr(cpu, "codes", lambda p, *adc: right(p, *adc) + (p == -945))
-    assert not run.certified(plan, mult, zero)
+    for name in ("codes", "codes16") if cpu.DOT8 else ("codes",):
+        right = getattr(cpu, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, name, lambda p, *adc, right=right: right(p, *adc) + (p == -945))
+            assert not run.certified(plan, mult, zero)
 
 
 def test_the_fused_carrier_is_left_where_float32_is_too_small():
@@ -238,14 +240,18 @@ def explicit_gradients(x, weight, spec: ReadSpec, gy, noise=0.0, slope_of=None):
 
 
 def fused_backward(x, w, spec, gy):
-    return cpu.backward(x.astype(np.float32), w.astype(np.float32), spec, gy.astype(np.float32), 1)
+    return cpu.backward(x, w, spec, gy.astype(np.float32), 1)
+
+
+def plain_backward(x, w, spec, gy):
+    return cpu.backward(x, w, spec, gy.astype(np.float32), 1, dot8=False)
 
 
 def chunked_backward(x, w, spec, gy):
     return [a.numpy() for a in reference.backward(*(torch.from_numpy(np.asarray(a, np.float32)) for a in (x, w)), spec, torch.from_numpy(gy.astype(np.float32)))]
 
 
-CARRIERS = {"fused": fused_backward, "chunked": chunked_backward}
+CARRIERS = {"fused": fused_backward, "plain": plain_backward, "chunked": chunked_backward}
 
 
 @dataclass(frozen=True)
@@ -298,14 +304,18 @@ def noisy(case: Problem, tau: float = 0.3, seed: int = 7) -> Problem:
 
 
 def fused_forward(x, w, spec):
-    return cpu.forward(x.astype(np.float32), w.astype(np.float32), spec, 1)
+    return cpu.forward(x, w, spec, 1)
+
+
+def plain_forward(x, w, spec):
+    return cpu.forward(x, w, spec, 1, dot8=False)
 
 
 def chunked_forward(x, w, spec):
     return reference.forward(*(torch.from_numpy(np.asarray(a, np.float32)) for a in (x, w)), spec).numpy()
 
 
-FORWARD = {"fused": fused_forward, "chunked": chunked_forward}
+FORWARD = {"fused": fused_forward, "plain": plain_forward, "chunked": chunked_forward}
 
 
 def drawn_codes(forward, case: Problem) -> np.ndarray:
@@ -426,9 +436,10 @@ def test_the_same_bits_on_one_and_two_threads(with_noise):
     gy = rng.standard_normal((11, 10, 12, 13)).astype(np.float32)
     if with_noise:
         spec = noisy(Problem(x, w, spec, gy, plan.macro)).spec
-    assert np.array_equal(cpu.forward(x, w, spec, 1), cpu.forward(x, w, spec, 2))
-    for one, two in zip(cpu.backward(x, w, spec, gy, 1), cpu.backward(x, w, spec, gy, 2)):
-        assert np.array_equal(one, two)
+    for dot8 in (True, False):
+        assert np.array_equal(cpu.forward(x, w, spec, 1, dot8=dot8), cpu.forward(x, w, spec, 2, dot8=dot8))
+        for one, two in zip(cpu.backward(x, w, spec, gy, 1, dot8=dot8), cpu.backward(x, w, spec, gy, 2, dot8=dot8)):
+            assert np.array_equal(one, two)
 
 
 def test_noise_differs_by_seed_column_and_tile():

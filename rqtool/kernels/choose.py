@@ -21,10 +21,15 @@ class Fused:
     name = "fused (numba)"
 
     @staticmethod
-    def forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        """Input codes as both passes take them: uint8."""
+        return x.to(torch.uint8)
+
+    @staticmethod
+    def forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, dtype: type = np.float32) -> torch.Tensor:
         from rqtool.kernels import cpu  # numba takes half a second to import
 
-        return torch.from_numpy(cpu.forward(_array(x), _array(weight), spec, torch.get_num_threads()))
+        return torch.from_numpy(cpu.forward(_array(x), _array(weight), spec, torch.get_num_threads(), dtype=dtype))
 
     @staticmethod
     def backward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -37,6 +42,7 @@ class Chunked:
     """kernels/reference.py, in the dtype of its input."""
 
     name = "chunked (torch)"
+    keep = staticmethod(lambda x: x)
     forward, backward = staticmethod(reference.forward), staticmethod(reference.backward)
 
 
@@ -60,5 +66,5 @@ def exact_forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, plan: P
     """
     spec = replace(spec, geometry=replace(spec.geometry, padding=(0, 0)))
     if certified and max(plan.acc_bound, plan.macro.p_max) < FLOAT32_WHOLE and x.device.type == "cpu":
-        return Fused.forward(x.float(), weight.float(), spec).int()
+        return Fused.forward(Fused.keep(x), weight, spec, np.int32)
     return Chunked.forward(x.double(), weight.double(), spec).int()

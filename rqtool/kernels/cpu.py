@@ -1,102 +1,172 @@
-"""Fused reads for CPUs, in numba: partial sums live in a 4-column strip of 256 positions and never reach memory.
+"""Fused reads for CPUs, in numba: partial sums live in registers (strips.py) and never reach memory.
 
-    block     256 output positions, flattened over (image, y, x) of one chunk of images
-    strip     4 columns x 256 positions of partial sums of one tile
+    block     64 output positions (forward) or 256 (backward), flattened over (image, y, x) of one chunk of images
     chunk     a fixed share of the images, so that results do not depend on the number of threads
 
-Forward: im2col of a block, then per tile and strip the dot products, the ADC, the sum. Backward: the same partial sums and
-the same noise again, then the gradients of input, weight and step. Everything is float32 arithmetic on whole numbers, exact
-where `certified` says so.
+Forward: im2col of a block into words, then per tile the dot products, the ADC, the sum. Backward: the same partial sums and the same
+noise again, then the gradients of input, weight and step. Partial sums are whole numbers, by 8-bit dot products where the processor has
+them and by float32 elsewhere; codes are exact where `codes` and `codes16` give the ADC's own (program/run.py certifies it).
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numba import njit
 
+from rqtool.kernels import strips
 from rqtool.kernels.spec import ReadSpec
+from rqtool.kernels.strips import ADC, ADC16, BLOCK, GROUPS, POSITIONS, STRIP, WORD
+from rqtool.kernels.vector import BYTES, DOT8, LANES
+from rqtool.mapping.plan import Geometry
 
-BLOCK = 256
-STRIP = 4
-CHUNK_ROWS = 3  # rows of a tile taken at once
 MAX_CHUNKS = 8
-NOISE_MASK = 65535
+MOST8, MOST15 = 127, 32767
+SHIFT16 = 15  # of the 16-bit form
+HARD, NOISY, TABLE = range(3)
 
-_FAST = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy", "fastmath": {"contract", "nsz", "nnan", "reassoc"}}
-HALF = np.float32(0.5)
-ZERO = np.float32(0.0)
-ONE = np.float32(1.0)
+_FAST = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 
 
-# -- a block of positions --------------------------------------------------------------------------------------------
+# -- layouts: where each weight goes, as index arrays made once a layer ------------------------------------------------------
+@dataclass(frozen=True)
+class _Layout:
+    """How one group's [columns, K] weights are packed; index K * columns stands for a zero.
+
+    words: int64 [T, 2], first word and words of each tile; rows: int64 [4 * words], the row of the group in each byte (a row that
+    only fills a word repeats another one); live: int64 [K], the byte of each row.
+    dot8, plain: weight index of each packed byte or float of `read`; back: the same for the gradient of rows; dw: [columns, K], the place of
+    each weight's gradient. steps: int64 [.., 5], the gradients' steps: (tile, first byte, size of GROUPS, start in back, start in dw).
+    """
+
+    words: np.ndarray
+    rows: np.ndarray
+    live: np.ndarray
+    dot8: np.ndarray
+    plain: np.ndarray
+    back: np.ndarray
+    dw: np.ndarray
+    dw_size: int
+    steps: np.ndarray
+
+
+@lru_cache(maxsize=256)
+def _layout(columns: int, tiles: tuple[tuple[int, int], ...]) -> _Layout:
+    k_rows, padded = tiles[-1][1], -(-columns // STRIP) * STRIP
+    index = np.full((padded, k_rows + 1), columns * k_rows)
+    index[:columns, :k_rows] = np.arange(columns * k_rows).reshape(columns, k_rows)
+    words, rows, dot8, plain, back, steps, dw = [], [], [], [], [], [], np.zeros((padded, k_rows), np.int64)
+    at_word = at_back = at_dw = 0
+    for t, (start, stop) in enumerate(tiles):
+        n_words = -(-(stop - start) // WORD)
+        bytes_of = np.concatenate([np.arange(start, stop), np.full(n_words * WORD - (stop - start), k_rows)])
+        words.append((at_word, n_words))
+        rows.append(np.minimum(bytes_of, stop - 1))
+        dot8.append(index[:, bytes_of].reshape(-1, STRIP, n_words, WORD).transpose(0, 2, 1, 3).ravel())
+        plain.append(index[:, start:stop].reshape(-1, STRIP, stop - start).transpose(0, 2, 1).ravel())
+        row = start
+        while row < stop:
+            size = 0 if stop - row >= GROUPS[0][0] else 1
+            n, wide = GROUPS[size]
+            of_step = np.concatenate([np.arange(row, min(row + n, stop)), np.full(max(0, row + n - stop), k_rows)])
+            steps.append((t, at_word * WORD + row - start, size, at_back, at_dw))
+            back.append(index[:, of_step].ravel())
+            lanes = -(-n * wide // LANES) * LANES
+            place = at_dw + np.arange(padded)[:, None] // wide * lanes + np.arange(padded)[:, None] % wide * n + np.arange(n)[None]
+            dw[:, row : min(row + n, stop)] = place[:, : min(n, stop - row)]
+            at_back, at_dw, row = at_back + padded * n, at_dw + padded // wide * lanes, row + n
+        at_word += n_words
+    rows = np.concatenate(rows)
+    live = np.concatenate([WORD * first + np.arange(stop - start) for (first, _), (start, stop) in zip(words, tiles)])
+    return _Layout(np.array(words), rows, live, np.concatenate(dot8), np.concatenate(plain), np.concatenate(back), dw[:columns], at_dw, np.array(steps))
+
+
+@lru_cache(maxsize=256)
+def _offsets(geometry: Geometry, tiles: tuple[tuple[int, int], ...], height: int, width: int) -> np.ndarray:
+    """int64 [4 * words]: where the row of each byte starts in an image of the padded [C, height, width], counted from the group's first channel."""
+    (kh, kw), (dh, dw) = geometry.kernel, geometry.dilation
+    channel, place = np.divmod(_layout(geometry.group_columns, tiles).rows, kh * kw)
+    return channel * height * width + place // kw * dh * width + place % kw * dw
+
+
+def _packed(weight: np.ndarray, spec: ReadSpec, index: np.ndarray, dtype: type) -> np.ndarray:
+    """[groups, ..] of `dtype` from the whole-number weight [O, K]."""
+    g = spec.geometry
+    flat = np.zeros((g.groups, g.group_columns * g.rows + 1), dtype)
+    flat[:, :-1] = weight.reshape(g.groups, -1)
+    return _aligned(np.take(flat, index, axis=1))
+
+
+def _aligned(a: np.ndarray) -> np.ndarray:
+    """A copy that starts at a whole vector."""
+    out = _scratch(a.shape, a.dtype)
+    out[...] = a
+    return out
+
+
+def _scratch(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Zeros that start at a whole vector."""
+    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(count + BYTES, np.uint8)
+    start = -raw.ctypes.data % BYTES
+    return raw[start : start + count].view(dtype).reshape(shape)
+
+
+# -- a block of positions ------------------------------------------------------------------------------------------------
 @njit(**_FAST)
-def _segments(first, count, height, width, stride, found):
-    """Runs of positions within one output row: rows of `found` are (image, y, x of the input, length); how many."""
-    n_found = 0
-    done = 0
+def _runs(first, count, shape, found):
+    """Runs of positions within one output row: rows of `found` are (start in x, position in the block, length); how many.
+
+    shape: (height and width of the output, stride down and right, elements of an image and of a row of x).
+    """
+    height, width, down, right, image_size, row_size = shape
+    n_found = done = 0
     while done < count:
         image, rest = divmod(first + done, height * width)
         y, x = divmod(rest, width)
         length = min(width - x, count - done)
-        found[n_found, 0] = image
-        found[n_found, 1] = y * stride[0]
-        found[n_found, 2] = x * stride[1]
-        found[n_found, 3] = length
+        found[n_found, 0] = image * image_size + y * down * row_size + x * right
+        found[n_found, 1] = done
+        found[n_found, 2] = length
         n_found += 1
         done += length
     return n_found
 
 
 @njit(**_FAST)
-def _gather(x, channel, geo, found, n_found, rows):
-    """im2col of a block: rows [K + .., BLOCK] from the padded x [N, C, H, W]; geo is (channels, kh, kw, dh, dw, sw)."""
-    channels, kh, kw, dh, dw, sw = geo
-    k = 0
-    for c in range(channel, channel + channels):
-        for ky in range(kh):
-            for kx in range(kw):
-                row = rows[k]
-                k += 1
-                at = 0
-                for s in range(n_found):
-                    length = found[s, 3]
-                    source = x[found[s, 0], c, found[s, 1] + ky * dh]
-                    x0 = found[s, 2] + kx * dw
-                    if sw == 1:
-                        for i in range(length):
-                            row[at + i] = source[x0 + i]
-                    else:
-                        for i in range(length):
-                            row[at + i] = source[x0 + i * sw]
-                    at += length
+def _gather(x, channel, offsets, step, found, n_found, words):
+    """im2col of a block: words int32 [words, positions + slack] from x uint8, rows of which advance by `step`."""
+    stride = words.shape[1] * 4
+    for s in range(n_found):
+        start, at, length = channel + found[s, 0], found[s, 1], found[s, 2]
+        steps = (length + LANES - 1) // LANES
+        if step == 1:
+            strips.weave1(x.ctypes.data + start, offsets.ctypes.data, words.shape[0], steps, words.ctypes.data + 4 * at, stride)
+        elif step == 2:
+            strips.weave2(x.ctypes.data + start, offsets.ctypes.data, words.shape[0], steps, words.ctypes.data + 4 * at, stride)
+        else:
+            for k in range(words.shape[0]):
+                for i in range(length):
+                    word = np.uint32(0)
+                    for j in range(WORD):
+                        word |= np.uint32(x[start + offsets[WORD * k + j] + i * step]) << np.uint32(8 * j)
+                    words[k, at + i] = np.int32(word)
 
 
 @njit(**_FAST)
-def _scatter(dx, channel, geo, found, n_found, rows):
-    """The transpose of `_gather`: rows of gradients added into the padded dx."""
-    channels, kh, kw, dh, dw, sw = geo
-    k = 0
-    for c in range(channel, channel + channels):
-        for ky in range(kh):
-            for kx in range(kw):
-                row = rows[k]
-                k += 1
-                at = 0
-                for s in range(n_found):
-                    length = found[s, 3]
-                    target = dx[found[s, 0], c, found[s, 1] + ky * dh]
-                    x0 = found[s, 2] + kx * dw
-                    if sw == 1:
-                        for i in range(length):
-                            target[x0 + i] += row[at + i]
-                    else:
-                        for i in range(length):
-                            target[x0 + i * sw] += row[at + i]
-                    at += length
+def _scatter(dx, channel, offsets, live, step, found, n_found, drows):
+    """The transpose of `_gather`: live rows of gradients added into dx."""
+    for k in live:
+        for s in range(n_found):
+            start, at, length = channel + found[s, 0] + offsets[k], found[s, 1], found[s, 2]
+            if step == 1:
+                strips.add_run(dx.ctypes.data + 4 * start, drows.ctypes.data + 4 * (k * BLOCK + at), length)
+            else:
+                for i in range(length):
+                    dx[start + i * step] += drows[k, at + i]
 
 
 @njit(**_FAST)
@@ -116,227 +186,128 @@ def _move(image_columns, first, count, size, column, strip, inward):
         done += length
 
 
-# -- one tile, four columns ------------------------------------------------------------------------------------------
-@njit(**_FAST)
-def _partial_sums(p, x, w, start):
-    """p [4, BLOCK] = w [4, rows] @ x [start : start + rows, BLOCK], three rows at a time."""
-    p0, p1, p2, p3 = p[0], p[1], p[2], p[3]
-    for k in range(0, w.shape[1], CHUNK_ROWS):
-        a0, a1, a2 = w[0, k], w[0, k + 1], w[0, k + 2]
-        b0, b1, b2 = w[1, k], w[1, k + 1], w[1, k + 2]
-        c0, c1, c2 = w[2, k], w[2, k + 1], w[2, k + 2]
-        d0, d1, d2 = w[3, k], w[3, k + 1], w[3, k + 2]
-        x0, x1, x2 = x[start + k], x[start + k + 1], x[start + k + 2]
-        if k == 0:
-            for i in range(BLOCK):
-                p0[i] = a0 * x0[i] + a1 * x1[i] + a2 * x2[i]
-                p1[i] = b0 * x0[i] + b1 * x1[i] + b2 * x2[i]
-                p2[i] = c0 * x0[i] + c1 * x1[i] + c2 * x2[i]
-                p3[i] = d0 * x0[i] + d1 * x1[i] + d2 * x2[i]
-        else:
-            for i in range(BLOCK):
-                p0[i] += a0 * x0[i] + a1 * x1[i] + a2 * x2[i]
-                p1[i] += b0 * x0[i] + b1 * x1[i] + b2 * x2[i]
-                p2[i] += c0 * x0[i] + c1 * x1[i] + c2 * x2[i]
-                p3[i] += d0 * x0[i] + d1 * x1[i] + d2 * x2[i]
-
-
-@njit(**_FAST)
-def _convert(acc, p, rate, lo, hi, gain):
-    """acc += gain * clamp(floor(p * rate + 1/2), lo, hi), all float32 [BLOCK]."""
-    for i in range(BLOCK):
-        q = np.floor(p[i] * rate + HALF)
-        q = q if q > lo else lo
-        q = q if q < hi else hi
-        acc[i] += gain * q
-
-
-@njit(**_FAST)
-def _convert_noisy(acc, p, rate, lo, hi, gain, noise):
-    """The same with noise[at : at + BLOCK] codes, the 1/2 within, added before the thresholds."""
-    for i in range(BLOCK):
-        q = np.floor(p[i] * rate + noise[i])
-        q = q if q > lo else lo
-        q = q if q < hi else hi
-        acc[i] += gain * q
-
-
-@njit(**_FAST)
-def _convert_table(acc, p, value, p_min):
-    """acc += value[p - p_min]."""
-    for i in range(BLOCK):
-        acc[i] += value[np.uint32(p[i] - p_min)]
-
-
-@njit(**_FAST)
-def _slope_hard(d, p, gy, rate, lo, hi):
-    """Straight-through: d = gy where the code does not clip, else 0; returns sum gy * (q - u * slope), the gradient of the step."""
-    total = ZERO
-    for i in range(BLOCK):
-        u = p[i] * rate
-        raw = np.floor(u + HALF)
-        q = raw if raw > lo else lo
-        q = q if q < hi else hi
-        inside = ONE if q == raw else ZERO
-        d[i] = gy[i] * inside
-        total += gy[i] * (q - u * inside)
-    return total
-
-
-@njit(**_FAST)
-def _slope_table(d, p, gy, slope, p_min):
-    """d = gy * slope[p]."""
-    for i in range(BLOCK):
-        d[i] = gy[i] * slope[np.uint32(p[i] - p_min)]
-
-
-@njit(**_FAST)
-def _slope_noisy(d, p, gy, rate, lo, hi, slope, p_min, noise):
-    """Hard sample, exact slope: d = gy * slope[p]; returns sum gy * (q - u * slope[p]) with the forward pass's noise.
-
-    Two loops: the look-up does not vectorise, and would keep the rest from it."""
-    _slope_table(d, p, gy, slope, p_min)
-    total = ZERO
-    for i in range(BLOCK):
-        u = p[i] * rate
-        q = np.floor(u + noise[i])
-        q = q if q > lo else lo
-        q = q if q < hi else hi
-        total += gy[i] * q - u * d[i]
-    return total
-
-
-@njit(**_FAST)
-def _grad_x(dx, w, d, start):
-    """dx [start : start + rows, BLOCK] += w.T [rows, 4] @ d [4, BLOCK]."""
-    d0, d1, d2, d3 = d[0], d[1], d[2], d[3]
-    for k in range(0, w.shape[1], CHUNK_ROWS):
-        a0, a1, a2 = w[0, k], w[0, k + 1], w[0, k + 2]
-        b0, b1, b2 = w[1, k], w[1, k + 1], w[1, k + 2]
-        c0, c1, c2 = w[2, k], w[2, k + 1], w[2, k + 2]
-        e0, e1, e2 = w[3, k], w[3, k + 1], w[3, k + 2]
-        x0, x1, x2 = dx[start + k], dx[start + k + 1], dx[start + k + 2]
-        for i in range(BLOCK):
-            x0[i] += a0 * d0[i] + b0 * d1[i] + c0 * d2[i] + e0 * d3[i]
-            x1[i] += a1 * d0[i] + b1 * d1[i] + c1 * d2[i] + e1 * d3[i]
-            x2[i] += a2 * d0[i] + b2 * d1[i] + c2 * d2[i] + e2 * d3[i]
-
-
-@njit(**_FAST)
-def _grad_w(dw, x, d, start):
-    """dw [4, rows] += d [4, BLOCK] @ x [start : start + rows, BLOCK].T"""
-    d0, d1, d2, d3 = d[0], d[1], d[2], d[3]
-    for k in range(dw.shape[1]):
-        row = x[start + k]
-        s0 = s1 = s2 = s3 = ZERO
-        for i in range(BLOCK):
-            s0 += d0[i] * row[i]
-            s1 += d1[i] * row[i]
-            s2 += d2[i] * row[i]
-            s3 += d3[i] * row[i]
-        dw[0, k] += s0
-        dw[1, k] += s1
-        dw[2, k] += s2
-        dw[3, k] += s3
-
-
-@njit(**_FAST)
-def _noise_at(seed, tile, column, first):
-    """Where in the draws a read's noise starts: a hash of (seed, tile, column, first position of the block)."""
-    h = np.uint64(seed) + np.uint64(tile) * np.uint64(0x9E3779B97F4A7C15)
-    h = (h ^ (h >> np.uint64(30))) + np.uint64(column) * np.uint64(0xBF58476D1CE4E5B9)
-    h = (h ^ (h >> np.uint64(27))) + np.uint64(first) * np.uint64(0x94D049BB133111EB)
-    h = (h ^ (h >> np.uint64(31))) * np.uint64(0xD6E8FEB86659FD93)
-    return np.int64((h >> np.uint64(32)) & np.uint64(NOISE_MASK))
-
-
 # -- a chunk of images -----------------------------------------------------------------------------------------------
 @njit(**_FAST)
-def _forward(x, w, starts, adc, tables, noise, seed, shape, geo, stride, images, out):
+def _forward(x, offsets, group_size, tiles, w, adcs, draws, kind, dot8, shape, images, words, rows, acc, out):
     """Write out [N, O, L] for images[0] .. images[1].
 
-    w: float32 [groups, T, columns padded to 4, rows padded to 3]; adc: (rate, lo, hi, gain) float32 [T, O];
-    tables: (row int64 [T, O], value float32 [rows, P], p_min), value empty when codes are computed;
-    noise: float32, empty for none; shape: (K, height, width of the output); geo: see `_gather`.
+    x: uint8, all of it; tiles: int64 [T, 3] (first word, words, rows); w: [groups, ..] as in `_Layout`; adcs: ADC records
+    [groups, T, columns padded to 4]; shape: as for `_runs`. words, rows, acc: scratch.
     """
-    k_rows, height, width = shape
-    groups, n_tiles, padded, _ = w.shape
-    columns = out.shape[1] // groups
-    rate, lo, hi, gain = adc
-    table_row, value, p_min = tables
-    rows = np.zeros((k_rows + w.shape[3], BLOCK), np.float32)
-    acc = np.empty((padded, BLOCK), np.float32)
-    p = np.empty((STRIP, BLOCK), np.float32)
-    found = np.empty((BLOCK, 4), np.int64)
-    size = height * width
-    for first in range(images[0] * size, images[1] * size, BLOCK):
-        count = min(BLOCK, images[1] * size - first)
-        n_found = _segments(first, count, height, width, stride, found)
-        for g in range(groups):
-            _gather(x, g * geo[0], geo, found, n_found, rows)
-            acc[:] = ZERO
-            for t in range(n_tiles):
-                for strip in range(0, columns, STRIP):
-                    _partial_sums(p, rows, w[g, t, strip : strip + STRIP], starts[t])
-                    for i in range(min(STRIP, columns - strip)):
-                        o = g * columns + strip + i
-                        if value.size:
-                            _convert_table(acc[strip + i], p[i], value[table_row[t, o]], p_min)
-                        elif noise.size:
-                            at = _noise_at(seed, t, o, first)
-                            _convert_noisy(acc[strip + i], p[i], rate[t, o], lo[t, o], hi[t, o], gain[t, o], noise[at : at + BLOCK])
-                        else:
-                            _convert(acc[strip + i], p[i], rate[t, o], lo[t, o], hi[t, o], gain[t, o])
+    size, columns = shape[0] * shape[1], out.shape[1] // w.shape[0]
+    found = np.empty((POSITIONS, 3), np.int64)
+    n_strips, word_bytes = adcs.shape[2] // STRIP, words.shape[1] * 4
+    for first in range(images[0] * size, images[1] * size, POSITIONS):
+        count = min(POSITIONS, images[1] * size - first)
+        n_found = _runs(first, count, shape, found)
+        for g in range(w.shape[0]):
+            _gather(x, g * group_size, offsets, shape[3], found, n_found, words)
+            if not dot8:
+                strips.unweave(words.ctypes.data, words.shape[0], POSITIONS // LANES, rows.ctypes.data)
+            acc[:] = 0
+            at = w[g].ctypes.data
+            for t in range(tiles.shape[0]):
+                word, n_words, n_rows = tiles[t]
+                adc = adcs[g, t].ctypes.data
+                if dot8:
+                    x_at, stride, n = words.ctypes.data + word * word_bytes, word_bytes, n_words
+                else:
+                    x_at, stride, n = rows.ctypes.data + WORD * word * 4 * POSITIONS, 4 * POSITIONS, n_rows
+                if kind == HARD and dot8:
+                    strips.read8_hard(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
+                elif kind == NOISY and dot8:
+                    strips.read8_noisy(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
+                elif dot8:
+                    strips.read8_table(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
+                elif kind == HARD:
+                    strips.read_hard(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
+                elif kind == NOISY:
+                    strips.read_noisy(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
+                else:
+                    strips.read_table(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
+                at += n_strips * n * 4 * STRIP
             for i in range(columns):
                 _move(out, first, count, size, g * columns + i, acc[i], False)
 
 
 @njit(**_FAST)
-def _backward(x, w, starts, adc, tables, noise, seed, shape, geo, stride, images, gy, dx, dw, dstep):
-    """Add the gradients of images[0] .. images[1] to dx (padded input), dw (packed like w) and dstep [T, O].
+def _forward16(x, offsets, group_size, tiles, w, adcs, gains, period, shape, images, words, acc16, acc, out):
+    """The same in 16 bits: adcs: ADC16 records; `period` tiles cannot overflow, then their sum is moved to acc int32."""
+    size, columns = shape[0] * shape[1], out.shape[1] // w.shape[0]
+    found = np.empty((POSITIONS, 3), np.int64)
+    n_strips, word_bytes = adcs.shape[2] // STRIP, words.shape[1] * 4
+    for first in range(images[0] * size, images[1] * size, POSITIONS):
+        count = min(POSITIONS, images[1] * size - first)
+        n_found = _runs(first, count, shape, found)
+        for g in range(w.shape[0]):
+            _gather(x, g * group_size, offsets, shape[3], found, n_found, words)
+            acc[:] = 0
+            at = w[g].ctypes.data
+            for t in range(tiles.shape[0]):
+                word, n_words, _ = tiles[t]
+                x_at, adc = words.ctypes.data + word * word_bytes, adcs[g, t].ctypes.data
+                if gains:
+                    strips.read16_gains(x_at, word_bytes, at, n_words, adc, n_strips, acc16.ctypes.data)
+                else:
+                    strips.read16(x_at, word_bytes, at, n_words, adc, n_strips, acc16.ctypes.data)
+                at += n_strips * n_words * 4 * STRIP
+                if (t + 1) % period == 0 or t + 1 == tiles.shape[0]:
+                    strips.widen(acc16.ctypes.data, acc.shape[0], acc.ctypes.data)
+            for i in range(columns):
+                _move(out, first, count, size, g * columns + i, acc[i], False)
 
-    gy: float32 [N, O, L], the gradient of sum over tiles of step * q. tables: (row, slope [rows, P], p_min); slope empty for the
-    straight-through estimator. Other arguments as in `_forward`.
+
+@njit(**_FAST)
+def _backward(x, offsets, group_size, tiles, w, adcs, draws, kind, dot8, shape, images, words, rows, back, steps, live, grad, d, drows, gy, dx, dw, dstep):
+    """Add the gradients of images[0] .. images[1] to dx (like x, float32), dw (as in `_Layout`) and dstep [groups, T, padded columns].
+
+    gy: float32 [N, O, L], the gradient of sum over tiles of step * q. Other arguments as in `_forward`; grad, d, drows: scratch.
     """
-    k_rows, height, width = shape
-    groups, n_tiles, padded, _ = w.shape
-    columns = gy.shape[1] // groups
-    rate, lo, hi, _ = adc
-    table_row, slope, p_min = tables
-    rows = np.zeros((k_rows + w.shape[3], BLOCK), np.float32)
-    drows = np.empty((k_rows + w.shape[3], BLOCK), np.float32)
-    grad = np.zeros((padded, BLOCK), np.float32)
-    p = np.empty((STRIP, BLOCK), np.float32)
-    d = np.zeros((STRIP, BLOCK), np.float32)
-    found = np.empty((BLOCK, 4), np.int64)
-    size = height * width
+    size, columns = shape[0] * shape[1], gy.shape[1] // w.shape[0]
+    found = np.empty((BLOCK, 3), np.int64)
+    padded, word_bytes = adcs.shape[2], words.shape[1] * 4
+    n_strips = padded // STRIP
     for first in range(images[0] * size, images[1] * size, BLOCK):
         count = min(BLOCK, images[1] * size - first)
-        n_found = _segments(first, count, height, width, stride, found)
-        for g in range(groups):
-            _gather(x, g * geo[0], geo, found, n_found, rows)
-            drows[:] = ZERO
+        n_found = _runs(first, count, shape, found)
+        for g in range(w.shape[0]):
+            _gather(x, g * group_size, offsets, shape[3], found, n_found, words)
+            strips.unweave(words.ctypes.data, words.shape[0], BLOCK // LANES, rows.ctypes.data)
             for i in range(columns):
-                grad[i, count:] = ZERO
+                grad[i, count:] = 0
                 _move(gy, first, count, size, g * columns + i, grad[i], True)
-            for t in range(n_tiles):
-                for strip in range(0, columns, STRIP):
-                    part = w[g, t, strip : strip + STRIP]
-                    _partial_sums(p, rows, part, starts[t])
-                    for i in range(STRIP):
-                        o = g * columns + min(strip + i, columns - 1)  # a padded column has weight 0 and gradient 0
-                        if noise.size:
-                            at = _noise_at(seed, t, o, first)
-                            ds = _slope_noisy(d[i], p[i], grad[strip + i], rate[t, o], lo[t, o], hi[t, o], slope[table_row[t, o]], p_min, noise[at : at + BLOCK])
-                        elif slope.size:
-                            _slope_table(d[i], p[i], grad[strip + i], slope[table_row[t, o]], p_min)
-                            ds = ZERO
-                        else:
-                            ds = _slope_hard(d[i], p[i], grad[strip + i], rate[t, o], lo[t, o], hi[t, o])
-                        dstep[t, o] += ds
-                    _grad_x(drows, part, d, starts[t])
-                    _grad_w(dw[g, t, strip : strip + STRIP], rows, d, starts[t])
-            _scatter(dx, g * geo[0], geo, found, n_found, drows)
+            at, done = w[g].ctypes.data, 0
+            for t in range(tiles.shape[0]):
+                word, n_words, n_rows = tiles[t]
+                adc, ds = adcs[g, t].ctypes.data, dstep[g, t].ctypes.data
+                if dot8:
+                    x_at, stride, n = words.ctypes.data + word * word_bytes, word_bytes, n_words
+                else:
+                    x_at, stride, n = rows.ctypes.data + WORD * word * 4 * BLOCK, 4 * BLOCK, n_rows
+                if kind == HARD and dot8:
+                    strips.slope8_hard(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
+                elif kind == NOISY and dot8:
+                    strips.slope8_noisy(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
+                elif dot8:
+                    strips.slope8_table(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
+                elif kind == HARD:
+                    strips.slope_hard(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
+                elif kind == NOISY:
+                    strips.slope_noisy(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
+                else:
+                    strips.slope_table(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
+                at += n_strips * n * 4 * STRIP
+                while done < steps.shape[0] and steps[done, 0] == t:
+                    _, byte, small, w_at, dw_at = steps[done]
+                    done += 1
+                    x_row, d_row = rows.ctypes.data + byte * 4 * BLOCK, drows.ctypes.data + byte * 4 * BLOCK
+                    if small:
+                        strips.rows3(d.ctypes.data, back[g].ctypes.data + 4 * w_at, padded, d_row)
+                        strips.weights3(d.ctypes.data, x_row, padded // GROUPS[1][1], dw[g].ctypes.data + 4 * dw_at)
+                    else:
+                        strips.rows9(d.ctypes.data, back[g].ctypes.data + 4 * w_at, padded, d_row)
+                        strips.weights9(d.ctypes.data, x_row, padded // GROUPS[0][1], dw[g].ctypes.data + 4 * dw_at)
+            _scatter(dx, g * group_size, offsets, live, shape[3], found, n_found, drows)
 
 
 # -- numpy in, numpy out ---------------------------------------------------------------------------------------------
@@ -355,88 +326,157 @@ def _each_chunk(task, images: int, positions: int, threads: int) -> list:
     return list(_pool(threads).map(task, pairs))
 
 
-def _pack(weight: np.ndarray, spec: ReadSpec) -> np.ndarray:
-    """float32 [groups, T, columns padded to 4, rows padded to 3] from the integer weight [O, K]."""
-    g = spec.geometry
-    longest = max(stop - start for start, stop in spec.tiles)
-    shape = (g.groups, len(spec.tiles), -(-g.group_columns // STRIP) * STRIP, -(-longest // CHUNK_ROWS) * CHUNK_ROWS)
-    packed = np.zeros(shape, np.float32)
-    by_group = weight.reshape(g.groups, g.group_columns, g.rows)
-    for t, (start, stop) in enumerate(spec.tiles):
-        packed[:, t, : g.group_columns, : stop - start] = by_group[:, :, start:stop]
-    return packed
+class _Call:
+    """What both passes share: layouts, packed weights and ADCs of one call."""
+
+    def __init__(self, x: np.ndarray, weight: np.ndarray, spec: ReadSpec, table: str, dot8: bool) -> None:
+        g = spec.geometry
+        self.spec, self.layout = spec, _layout(g.group_columns, spec.tiles)
+        self.dot8 = dot8 and DOT8 and int(np.abs(weight).max(initial=0)) <= MOST8
+        height, width = x.shape[2:]
+        self.out = replace(g, padding=(0, 0)).out_size(height, width)
+        self.shape = (*self.out, *g.stride, g.channels * height * width, width)
+        self.offsets = _offsets(g, spec.tiles, height, width)
+        self.group_size = g.channels // g.groups * height * width
+        self.x = np.zeros(x.size + 2 * BYTES, np.uint8)  # sixteen positions may be read where one is left
+        self.x[: x.size].reshape(x.shape)[...] = x
+        lengths = [stop - start for start, stop in spec.tiles]
+        self.tiles = np.column_stack([self.layout.words, lengths])
+        self.w = _packed(weight, spec, self.layout.dot8, np.int8) if self.dot8 else _packed(weight, spec, self.layout.plain, np.float32)
+        self.padded = -(-g.group_columns // STRIP) * STRIP
+        self.kind, self.adcs, self.kept = _adcs(spec, table, self.padded)
+        self.draws = spec.noise.draws + np.float32(0.5) if spec.noise else np.zeros(1, np.float32)
+
+    def words(self, positions: int) -> np.ndarray:
+        return _scratch((len(self.layout.rows) // WORD, positions + LANES), np.int32)
+
+    def rows(self, positions: int) -> np.ndarray:
+        return _scratch((len(self.layout.rows) + max(n for n, _ in GROUPS), positions), np.float32)
 
 
-def _unpack(packed: np.ndarray, spec: ReadSpec) -> np.ndarray:
-    """The transpose of `_pack`: float32 [O, K]."""
-    g = spec.geometry
-    weight = np.empty((g.groups, g.group_columns, g.rows), np.float32)
-    for t, (start, stop) in enumerate(spec.tiles):
-        weight[:, :, start:stop] = packed[:, t, : g.group_columns, : stop - start]
-    return weight.reshape(g.columns, g.rows)
+def _adcs(spec: ReadSpec, table: str, padded: int) -> tuple[int, np.ndarray, np.ndarray | None]:
+    """(kind, ADC records [groups, T, padded], the array whose addresses they hold)."""
+    g, tables = spec.geometry, spec.tables
+    records = np.zeros((g.groups, len(spec.tiles), padded), ADC)
+    part = records[:, :, : g.group_columns]
+    spread = lambda a: np.asarray(a).reshape(len(spec.tiles), g.groups, -1).transpose(1, 0, 2)  # noqa: E731
+    for name in ("rate", "lo", "hi", "gain"):
+        part[name] = spread(getattr(spec, name))
+    chosen = None if tables is None else getattr(tables, table)
+    if chosen is not None:
+        chosen = np.ascontiguousarray(chosen, np.float32)
+        records["table"] = chosen.ctypes.data - 4 * tables.p_min
+        part["table"] += 4 * chosen.shape[1] * spread(tables.row)
+    if spec.noise is not None:
+        part["key"] = spread(_keys(spec))
+    kind = NOISY if spec.noise is not None and not (table == "value" and chosen is not None) else HARD if chosen is None else TABLE
+    return kind, records, chosen
 
 
-_NO_FLOATS = np.empty(0, np.float32)
-_NO_TABLE = np.empty((0, 0), np.float32)
-_NO_ROWS = np.empty((0, 0), np.int64)
+def _keys(spec: ReadSpec) -> np.ndarray:
+    """int64 [T, O]: a hash of the seed, the tile and the column."""
+    tile, column = (np.arange(n, dtype=np.uint64) for n in spec.rate.shape)
+    with np.errstate(over="ignore"):
+        h = np.uint64(spec.noise.seed) + tile * np.uint64(0x9E3779B97F4A7C15)
+        h = (h ^ (h >> np.uint64(30)))[:, None] + column[None] * np.uint64(0xBF58476D1CE4E5B9)
+        return (h ^ (h >> np.uint64(27))).astype(np.int64)
 
 
-def _arguments(spec: ReadSpec, table: str, height: int, width: int) -> tuple:
-    g, tables, noise = spec.geometry, spec.tables, spec.noise
-    chosen = getattr(tables, table) if tables else None
-    return (
-        np.array([start for start, _ in spec.tiles], np.int64),
-        (spec.rate, spec.lo, spec.hi, spec.gain),
-        (tables.row, chosen, np.float32(tables.p_min)) if chosen is not None else (_NO_ROWS, _NO_TABLE, ZERO),
-        noise.draws + HALF if noise else _NO_FLOATS,  # one sum in each pass, so that no compiler can round the two differently
-        noise.seed if noise else 0,
-        (g.rows, height, width),
-        (g.channels // g.groups, *g.kernel, *g.dilation, g.stride[1]),
-        g.stride,
-    )
+def _adcs16(spec: ReadSpec, padded: int) -> tuple[np.ndarray, int] | None:
+    """(ADC16 records, tiles whose codes add up in 16 bits), or None where 16 bits are too few for a multiplier, a partial sum or a value."""
+    g, mult = spec.geometry, spec.rate.astype(np.float64) * 2.0**SHIFT16
+    most = float(np.max(np.maximum(np.abs(spec.lo), np.abs(spec.hi)) * np.abs(spec.gain), initial=1))
+    if spec.p_peak > MOST15 or most > MOST15 or not np.array_equal(mult, np.floor(mult)) or mult.max() > MOST15:
+        return None
+    records = np.zeros((g.groups, len(spec.tiles), padded), ADC16)
+    for name, a in (("mult", mult), ("lo", spec.lo), ("hi", spec.hi), ("gain", spec.gain)):
+        records[:, :, : g.group_columns][name] = a.reshape(len(spec.tiles), g.groups, -1).transpose(1, 0, 2)
+    return records, int(MOST15 // most)
 
 
-def forward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, threads: int) -> np.ndarray:
-    """acc float32 [N, O, H_out, W_out] of one pair of planes: whole numbers unless `spec` has real-valued tables.
+def forward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, threads: int, *, dot8: bool = True, dtype: type = np.float32) -> np.ndarray:
+    """acc of `dtype` [N, O, H_out, W_out] of one pair of planes: whole numbers unless `spec` has real-valued tables.
 
-    x: float32 [N, C, H, W] codes, already padded. weight: [O, K] whole numbers.
+    x: [N, C, H, W] codes 0..255, already padded. weight: [O, K] whole numbers. dot8: 8-bit dot products where the processor has them.
     """
-    height, width = _out_size(x, spec)
-    out = np.empty((x.shape[0], spec.geometry.columns, height * width), np.float32)
-    packed, arguments = _pack(weight, spec), _arguments(spec, "value", height, width)
-    _each_chunk(lambda images: _forward(x, packed, *arguments, images, out), x.shape[0], height * width, threads)
-    return out.reshape(*out.shape[:2], height, width)
+    call = _Call(x, weight, spec, "value", dot8)
+    out = np.empty((x.shape[0], spec.geometry.columns, call.out[0] * call.out[1]), dtype)
+    sixteen = _adcs16(spec, call.padded) if call.dot8 and call.kind == HARD else None
+
+    def task(images):
+        words, acc = call.words(POSITIONS), (call.padded, POSITIONS)
+        common = (call.x, call.offsets, call.group_size, call.tiles, call.w)
+        if sixteen:
+            gains = bool(np.any(spec.gain != 1))
+            _forward16(*common, sixteen[0], gains, sixteen[1], call.shape, images, words, _scratch(acc, np.int16), _scratch(acc, np.int32), out)
+        else:
+            _forward(*common, call.adcs, call.draws, call.kind, call.dot8, call.shape, images, words, call.rows(0 if call.dot8 else POSITIONS), _scratch(acc, np.float32), out)
+
+    _each_chunk(task, x.shape[0], call.out[0] * call.out[1], threads)
+    return out.reshape(*out.shape[:2], *call.out)
 
 
-def backward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, gy: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def backward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, gy: np.ndarray, threads: int, *, dot8: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(dx of the padded x, dw [O, K], dstep [T, O]), float32, for gy float32 [N, O, H_out, W_out].
 
     Partial sums and noise are computed again, so nothing is kept between the passes; the same bits for any number of threads.
     """
-    height, width = _out_size(x, spec)
-    flat = np.ascontiguousarray(gy).reshape(*gy.shape[:2], -1)
-    packed, arguments = _pack(weight, spec), _arguments(spec, "slope", height, width)
-    dx = np.zeros_like(x)
+    g, call = spec.geometry, _Call(x, weight, spec, "slope", dot8)
+    flat, layout = np.ascontiguousarray(gy).reshape(*gy.shape[:2], -1), call.layout
+    back = _packed(weight, spec, layout.back, np.float32)
+    dx = np.zeros(x.shape, np.float32)
 
     def task(images):
-        dw, dstep = np.zeros_like(packed), np.zeros_like(spec.rate)
-        _backward(x, packed, *arguments, images, flat, dx, dw, dstep)
+        dw, dstep = _scratch((g.groups, layout.dw_size), np.float32), _scratch(call.adcs.shape, np.float32)
+        grad, d = (_scratch((call.padded, BLOCK), np.float32) for _ in range(2))
+        _backward(
+            call.x, call.offsets, call.group_size, call.tiles, call.w, call.adcs, call.draws, call.kind, call.dot8, call.shape, images,
+            call.words(BLOCK), call.rows(BLOCK), back, layout.steps, layout.live, grad, d, call.rows(BLOCK), flat, dx.reshape(-1), dw, dstep,
+        )  # fmt: skip
         return dw, dstep
 
-    parts = _each_chunk(task, x.shape[0], height * width, threads)
+    parts = _each_chunk(task, x.shape[0], call.out[0] * call.out[1], threads)
     dw, dstep = (sum(part[n] for part in parts) for n in range(2))
-    return dx, _unpack(dw, spec), dstep
+    by_tile = dstep[:, :, : g.group_columns].transpose(1, 0, 2).reshape(len(spec.tiles), g.columns)
+    return dx, dw[:, layout.dw].reshape(g.columns, g.rows), by_tile
 
 
-def _out_size(x: np.ndarray, spec: ReadSpec) -> tuple[int, int]:
-    return replace(spec.geometry, padding=(0, 0)).out_size(x.shape[2], x.shape[3])
+# -- certification -----------------------------------------------------------------------------------------------------
+@njit(**_FAST)
+def _convert(p, record, out):
+    strips.convert(p.ctypes.data, p.size // LANES, record.ctypes.data, out.ctypes.data)
+
+
+@njit(**_FAST)
+def _convert16(p, record, out):
+    strips.convert16(p.ctypes.data, p.size // LANES, record.ctypes.data, out.ctypes.data)
 
 
 def codes(p: np.ndarray, rate: float, lo: float, hi: float) -> np.ndarray:
-    """code - zero of float32 partial sums through the very lines the kernel runs: what certification compares."""
-    padded = np.zeros(-(-p.size // BLOCK) * BLOCK, np.float32)
+    """float32 code - zero of whole-number partial sums through the very lines the kernels run: what certification compares."""
+    record = np.zeros(1, ADC)
+    record["rate"], record["lo"], record["hi"] = rate, lo, hi
+    return _through(_convert, p, record, np.float32)
+
+
+def codes16(p: np.ndarray, mult: int, lo: int, hi: int) -> np.ndarray:
+    """The same, int32, through the lines of the 16-bit form; for a shift of 15 and |p| < 2**15, on processors with 8-bit dot products."""
+    record = np.zeros(1, ADC16)
+    record["mult"], record["lo"], record["hi"] = mult, lo, hi
+    return _through(_convert16, p, record, np.int32)
+
+
+def every_code(p: np.ndarray, mult: int, shift: int, lo: int, hi: int) -> list[np.ndarray]:
+    """code - zero of whole-number partial sums p, once by each form that a read with this multiplier may take on this processor."""
+    found = [codes(p, mult / 2.0**shift, lo, hi)]
+    if DOT8 and shift == SHIFT16 and np.abs(p).max() <= MOST15:
+        found.append(codes16(p, mult, lo, hi))
+    return found
+
+
+def _through(convert, p: np.ndarray, record: np.ndarray, dtype: type) -> np.ndarray:
+    padded = _scratch((-(-p.size // LANES) * LANES,), dtype)
     padded[: p.size] = p
-    out = np.zeros_like(padded)
-    for at in range(0, padded.size, BLOCK):
-        _convert(out[at : at + BLOCK], padded[at : at + BLOCK], np.float32(rate), np.float32(lo), np.float32(hi), ONE)
+    out = np.empty_like(padded)
+    convert(padded, record, out)
     return out[: p.size]

@@ -38,7 +38,8 @@ class Noise:
 
 @dataclass(frozen=True)
 class ReadSpec:
-    """One pair of planes of one layer. rate, lo, hi, gain: float32 [T, O] (gain 1 unless tiles have their own step)."""
+    """One pair of planes of one layer. rate, lo, hi, gain: float32 [T, O] (gain 1 unless tiles have their own step);
+    p_peak: no partial sum is larger."""
 
     geometry: Geometry
     tiles: tuple[tuple[int, int], ...]
@@ -46,6 +47,7 @@ class ReadSpec:
     lo: np.ndarray
     hi: np.ndarray
     gain: np.ndarray
+    p_peak: int
     tables: Tables | None = None
     noise: Noise | None = None
 
@@ -61,7 +63,8 @@ def make_spec(plan: Plan, mult: np.ndarray, zero: np.ndarray, gain: np.ndarray, 
     rate = np.asarray(mult, dtype=np.float64) / 2.0**plan.macro.shift  # exact in float32: mult < 2**S <= 2**22
     zero = np.asarray(zero)
     arrays = (over_reads(a, plan) for a in (rate, -zero, plan.macro.top - zero, gain))
-    return ReadSpec(plan.geometry, plan.tiles, *arrays, tables=tables, noise=noise)
+    p_peak = max(-plan.macro.p_min, plan.macro.p_max)
+    return ReadSpec(plan.geometry, plan.tiles, *arrays, p_peak, tables=tables, noise=noise)
 
 
 def free_level_spec(plan: Plan, thresholds: np.ndarray, levels: np.ndarray) -> ReadSpec:

@@ -44,6 +44,7 @@ class _Reads(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, spec: ReadSpec, unit: torch.Tensor) -> torch.Tensor:
         """x [N, C, H, W] padded codes, weight [O, K], step [1 or T, 1 or O], unit [1 or O]: step = unit * gain."""
         ctx.spec, ctx.carrier = spec, choose.for_training(x, spec)
+        x = ctx.carrier.keep(x)
         ctx.save_for_backward(x, weight, step)
         return ctx.carrier.forward(x, weight, spec).mul_(unit.view(1, -1, 1, 1))
 
