@@ -68,3 +68,16 @@ def exact_forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, plan: P
     if certified and max(plan.acc_bound, plan.macro.p_max) < FLOAT32_WHOLE and x.device.type == "cpu":
         return Fused.forward(Fused.keep(x), weight, spec, np.int32)
     return Chunked.forward(x.double(), weight.double(), spec).int()
+
+
+def requant(xs: tuple[torch.Tensor, ...], mults: list[torch.Tensor], add: torch.Tensor, shift: int, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:
+    """clamp((add + sum of x * mult) >> shift, lo, hi) in int32, in one pass over memory where numba compiles for the device."""
+    if xs[0].device.type == "cpu" and numba_available():
+        from rqtool.kernels import cpu
+
+        kind = {torch.uint8: np.uint8, torch.int32: np.int32}[dtype]
+        return torch.from_numpy(cpu.requant([_array(x) for x in xs], [_array(m) for m in mults], _array(add), shift, lo, hi, kind, torch.get_num_threads()))
+    total = add
+    for x, mult in zip(xs, mults):
+        total = total + x.int() * mult
+    return (total >> shift).clamp(lo, hi).to(dtype)

@@ -10,25 +10,39 @@ them and by float32 elsewhere; codes are exact where `codes` and `codes16` give 
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numba import njit
 
-from rqtool.kernels import strips
+from rqtool.kernels import strips, vector
 from rqtool.kernels.spec import ReadSpec
-from rqtool.kernels.strips import ADC, ADC16, BLOCK, GROUPS, POSITIONS, STRIP, WORD
+from rqtool.kernels.strips import ADC, ADC16, BLOCK, GROUPS, HARD, NOISY, POSITIONS, STRIP, TABLE, WORD
+from rqtool.kernels.threads import each
 from rqtool.kernels.vector import BYTES, DOT8, LANES
 from rqtool.mapping.plan import Geometry
 
 MAX_CHUNKS = 8
 MOST8, MOST15 = 127, 32767
 SHIFT16 = 15  # of the 16-bit form
-HARD, NOISY, TABLE = range(3)
+DOT8_FORMS = len(strips.KINDS)  # from this form on, partial sums are 8-bit dot products
+GROUP_COLUMNS = tuple(columns for _, columns in GROUPS)
 
-_FAST = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+_FAST = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+EMITTERS = (Path(__file__), Path(strips.__file__), Path(vector.__file__))
+
+
+def compiled(function):
+    """numba.njit, with a cache that is made anew when a file that emits code changes: numba itself watches only the function's own."""
+    try:
+        made = njit(cache=True, **_FAST)(function)
+    except RuntimeError:  # no folder to keep compiled code in
+        return njit(**_FAST)(function)
+    stamps = tuple(path.stat() for path in EMITTERS)
+    made._cache._cache_file._source_stamp = tuple(n for s in stamps for n in (s.st_mtime, s.st_size))
+    return made
 
 
 # -- layouts: where each weight goes, as index arrays made once a layer ------------------------------------------------------
@@ -116,7 +130,7 @@ def _scratch(shape: tuple[int, ...], dtype: type) -> np.ndarray:
 
 
 # -- a block of positions ------------------------------------------------------------------------------------------------
-@njit(**_FAST)
+@compiled
 def _runs(first, count, shape, found):
     """Runs of positions within one output row: rows of `found` are (start in x, position in the block, length); how many.
 
@@ -136,17 +150,15 @@ def _runs(first, count, shape, found):
     return n_found
 
 
-@njit(**_FAST)
+@compiled
 def _gather(x, channel, offsets, step, found, n_found, words):
     """im2col of a block: words int32 [words, positions + slack] from x uint8, rows of which advance by `step`."""
     stride = words.shape[1] * 4
     for s in range(n_found):
         start, at, length = channel + found[s, 0], found[s, 1], found[s, 2]
         steps = (length + LANES - 1) // LANES
-        if step == 1:
-            strips.weave1(x.ctypes.data + start, offsets.ctypes.data, words.shape[0], steps, words.ctypes.data + 4 * at, stride)
-        elif step == 2:
-            strips.weave2(x.ctypes.data + start, offsets.ctypes.data, words.shape[0], steps, words.ctypes.data + 4 * at, stride)
+        if step <= 2:
+            strips.weave(step - 1, x.ctypes.data + start, offsets.ctypes.data, words.shape[0], steps, words.ctypes.data + 4 * at, stride)
         else:
             for k in range(words.shape[0]):
                 for i in range(length):
@@ -156,7 +168,7 @@ def _gather(x, channel, offsets, step, found, n_found, words):
                     words[k, at + i] = np.int32(word)
 
 
-@njit(**_FAST)
+@compiled
 def _scatter(dx, channel, offsets, live, step, found, n_found, drows):
     """The transpose of `_gather`: live rows of gradients added into dx."""
     for k in live:
@@ -169,7 +181,7 @@ def _scatter(dx, channel, offsets, live, step, found, n_found, drows):
                     dx[start + i * step] += drows[k, at + i]
 
 
-@njit(**_FAST)
+@compiled
 def _move(image_columns, first, count, size, column, strip, inward):
     """Copy one column of a block between [N, O, L] and a strip row, in either direction."""
     done = 0
@@ -187,8 +199,8 @@ def _move(image_columns, first, count, size, column, strip, inward):
 
 
 # -- a chunk of images -----------------------------------------------------------------------------------------------
-@njit(**_FAST)
-def _forward(x, offsets, group_size, tiles, w, adcs, draws, kind, dot8, shape, images, words, rows, acc, out):
+@compiled
+def _forward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images, words, rows, acc, out):
     """Write out [N, O, L] for images[0] .. images[1].
 
     x: uint8, all of it; tiles: int64 [T, 3] (first word, words, rows); w: [groups, ..] as in `_Layout`; adcs: ADC records
@@ -202,35 +214,24 @@ def _forward(x, offsets, group_size, tiles, w, adcs, draws, kind, dot8, shape, i
         n_found = _runs(first, count, shape, found)
         for g in range(w.shape[0]):
             _gather(x, g * group_size, offsets, shape[3], found, n_found, words)
-            if not dot8:
+            if form < DOT8_FORMS:
                 strips.unweave(words.ctypes.data, words.shape[0], POSITIONS // LANES, rows.ctypes.data)
             acc[:] = 0
             at = w[g].ctypes.data
             for t in range(tiles.shape[0]):
                 word, n_words, n_rows = tiles[t]
                 adc = adcs[g, t].ctypes.data
-                if dot8:
+                if form >= DOT8_FORMS:
                     x_at, stride, n = words.ctypes.data + word * word_bytes, word_bytes, n_words
                 else:
                     x_at, stride, n = rows.ctypes.data + WORD * word * 4 * POSITIONS, 4 * POSITIONS, n_rows
-                if kind == HARD and dot8:
-                    strips.read8_hard(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
-                elif kind == NOISY and dot8:
-                    strips.read8_noisy(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
-                elif dot8:
-                    strips.read8_table(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
-                elif kind == HARD:
-                    strips.read_hard(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
-                elif kind == NOISY:
-                    strips.read_noisy(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
-                else:
-                    strips.read_table(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
+                strips.read(form, x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
                 at += n_strips * n * 4 * STRIP
             for i in range(columns):
                 _move(out, first, count, size, g * columns + i, acc[i], False)
 
 
-@njit(**_FAST)
+@compiled
 def _forward16(x, offsets, group_size, tiles, w, adcs, gains, period, shape, images, words, acc16, acc, out):
     """The same in 16 bits: adcs: ADC16 records; `period` tiles cannot overflow, then their sum is moved to acc int32."""
     size, columns = shape[0] * shape[1], out.shape[1] // w.shape[0]
@@ -246,10 +247,7 @@ def _forward16(x, offsets, group_size, tiles, w, adcs, gains, period, shape, ima
             for t in range(tiles.shape[0]):
                 word, n_words, _ = tiles[t]
                 x_at, adc = words.ctypes.data + word * word_bytes, adcs[g, t].ctypes.data
-                if gains:
-                    strips.read16_gains(x_at, word_bytes, at, n_words, adc, n_strips, acc16.ctypes.data)
-                else:
-                    strips.read16(x_at, word_bytes, at, n_words, adc, n_strips, acc16.ctypes.data)
+                strips.read16(gains, x_at, word_bytes, at, n_words, adc, n_strips, acc16.ctypes.data)
                 at += n_strips * n_words * 4 * STRIP
                 if (t + 1) % period == 0 or t + 1 == tiles.shape[0]:
                     strips.widen(acc16.ctypes.data, acc.shape[0], acc.ctypes.data)
@@ -257,8 +255,8 @@ def _forward16(x, offsets, group_size, tiles, w, adcs, gains, period, shape, ima
                 _move(out, first, count, size, g * columns + i, acc[i], False)
 
 
-@njit(**_FAST)
-def _backward(x, offsets, group_size, tiles, w, adcs, draws, kind, dot8, shape, images, words, rows, back, steps, live, grad, d, drows, gy, dx, dw, dstep):
+@compiled
+def _backward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images, words, rows, back, steps, live, grad, d, drows, gy, dx, dw, dstep):
     """Add the gradients of images[0] .. images[1] to dx (like x, float32), dw (as in `_Layout`) and dstep [groups, T, padded columns].
 
     gy: float32 [N, O, L], the gradient of sum over tiles of step * q. Other arguments as in `_forward`; grad, d, drows: scratch.
@@ -280,50 +278,27 @@ def _backward(x, offsets, group_size, tiles, w, adcs, draws, kind, dot8, shape, 
             for t in range(tiles.shape[0]):
                 word, n_words, n_rows = tiles[t]
                 adc, ds = adcs[g, t].ctypes.data, dstep[g, t].ctypes.data
-                if dot8:
+                if form >= DOT8_FORMS:
                     x_at, stride, n = words.ctypes.data + word * word_bytes, word_bytes, n_words
                 else:
                     x_at, stride, n = rows.ctypes.data + WORD * word * 4 * BLOCK, 4 * BLOCK, n_rows
-                if kind == HARD and dot8:
-                    strips.slope8_hard(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
-                elif kind == NOISY and dot8:
-                    strips.slope8_noisy(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
-                elif dot8:
-                    strips.slope8_table(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
-                elif kind == HARD:
-                    strips.slope_hard(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
-                elif kind == NOISY:
-                    strips.slope_noisy(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
-                else:
-                    strips.slope_table(x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
+                strips.slope(form, x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
                 at += n_strips * n * 4 * STRIP
                 while done < steps.shape[0] and steps[done, 0] == t:
-                    _, byte, small, w_at, dw_at = steps[done]
+                    _, byte, of, w_at, dw_at = steps[done]
                     done += 1
                     x_row, d_row = rows.ctypes.data + byte * 4 * BLOCK, drows.ctypes.data + byte * 4 * BLOCK
-                    if small:
-                        strips.rows3(d.ctypes.data, back[g].ctypes.data + 4 * w_at, padded, d_row)
-                        strips.weights3(d.ctypes.data, x_row, padded // GROUPS[1][1], dw[g].ctypes.data + 4 * dw_at)
-                    else:
-                        strips.rows9(d.ctypes.data, back[g].ctypes.data + 4 * w_at, padded, d_row)
-                        strips.weights9(d.ctypes.data, x_row, padded // GROUPS[0][1], dw[g].ctypes.data + 4 * dw_at)
+                    strips.grad_rows(of, d.ctypes.data, back[g].ctypes.data + 4 * w_at, padded, d_row)
+                    strips.grad_weights(of, d.ctypes.data, x_row, padded // GROUP_COLUMNS[of], dw[g].ctypes.data + 4 * dw_at)
             _scatter(dx, g * group_size, offsets, live, shape[3], found, n_found, drows)
 
 
 # -- numpy in, numpy out ---------------------------------------------------------------------------------------------
-@lru_cache(maxsize=4)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="rqtool-reads")
-
-
 def _each_chunk(task, images: int, positions: int, threads: int) -> list:
     """task((first image, last image)) for a split that depends on the shapes alone, in order; on `threads` threads."""
     chunks = max(1, min(MAX_CHUNKS, images, images * positions // BLOCK))
     bounds = [images * i // chunks for i in range(chunks + 1)]
-    pairs = list(zip(bounds, bounds[1:]))
-    if threads == 1 or chunks == 1:
-        return [task(pair) for pair in pairs]
-    return list(_pool(threads).map(task, pairs))
+    return each(task, list(zip(bounds, bounds[1:])), threads)
 
 
 class _Call:
@@ -344,7 +319,8 @@ class _Call:
         self.tiles = np.column_stack([self.layout.words, lengths])
         self.w = _packed(weight, spec, self.layout.dot8, np.int8) if self.dot8 else _packed(weight, spec, self.layout.plain, np.float32)
         self.padded = -(-g.group_columns // STRIP) * STRIP
-        self.kind, self.adcs, self.kept = _adcs(spec, table, self.padded)
+        kind, self.adcs, self.kept = _adcs(spec, table, self.padded)
+        self.form = kind + DOT8_FORMS * self.dot8
         self.draws = spec.noise.draws + np.float32(0.5) if spec.noise else np.zeros(1, np.float32)
 
     def words(self, positions: int) -> np.ndarray:
@@ -401,16 +377,16 @@ def forward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, threads: int, *, 
     """
     call = _Call(x, weight, spec, "value", dot8)
     out = np.empty((x.shape[0], spec.geometry.columns, call.out[0] * call.out[1]), dtype)
-    sixteen = _adcs16(spec, call.padded) if call.dot8 and call.kind == HARD else None
+    sixteen = _adcs16(spec, call.padded) if call.dot8 and call.form == HARD + DOT8_FORMS else None
 
     def task(images):
         words, acc = call.words(POSITIONS), (call.padded, POSITIONS)
         common = (call.x, call.offsets, call.group_size, call.tiles, call.w)
         if sixteen:
-            gains = bool(np.any(spec.gain != 1))
+            gains = int(np.any(spec.gain != 1))
             _forward16(*common, sixteen[0], gains, sixteen[1], call.shape, images, words, _scratch(acc, np.int16), _scratch(acc, np.int32), out)
         else:
-            _forward(*common, call.adcs, call.draws, call.kind, call.dot8, call.shape, images, words, call.rows(0 if call.dot8 else POSITIONS), _scratch(acc, np.float32), out)
+            _forward(*common, call.adcs, call.draws, call.form, call.shape, images, words, call.rows(0 if call.dot8 else POSITIONS), _scratch(acc, np.float32), out)
 
     _each_chunk(task, x.shape[0], call.out[0] * call.out[1], threads)
     return out.reshape(*out.shape[:2], *call.out)
@@ -430,7 +406,7 @@ def backward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, gy: np.ndarray, 
         dw, dstep = _scratch((g.groups, layout.dw_size), np.float32), _scratch(call.adcs.shape, np.float32)
         grad, d = (_scratch((call.padded, BLOCK), np.float32) for _ in range(2))
         _backward(
-            call.x, call.offsets, call.group_size, call.tiles, call.w, call.adcs, call.draws, call.kind, call.dot8, call.shape, images,
+            call.x, call.offsets, call.group_size, call.tiles, call.w, call.adcs, call.draws, call.form, call.shape, images,
             call.words(BLOCK), call.rows(BLOCK), back, layout.steps, layout.live, grad, d, call.rows(BLOCK), flat, dx.reshape(-1), dw, dstep,
         )  # fmt: skip
         return dw, dstep
@@ -441,13 +417,52 @@ def backward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, gy: np.ndarray, 
     return dx, dw[:, layout.dw].reshape(g.columns, g.rows), by_tile
 
 
+# -- requantisation ----------------------------------------------------------------------------------------------------
+@compiled
+def _requant(xs, mults, add, shift, lo, hi, images, out):
+    """out [N, rows, L] = clamp((add + sum of x * mult) >> shift, lo, hi) for images[0] .. images[1]; mults, add: int32 [.., rows]."""
+    for n in range(images[0], images[1]):
+        for c in range(out.shape[1]):
+            target = out[n, c]
+            if len(xs) == 1:
+                x, m, a = xs[0][n, c], mults[0, c], add[c]
+                for i in range(target.size):
+                    target[i] = min(max((x[i] * m + a) >> shift, lo), hi)
+            elif len(xs) == 2:
+                x, y, m, k, a = xs[0][n, c], xs[1][n, c], mults[0, c], mults[1, c], add[c]
+                for i in range(target.size):
+                    target[i] = min(max((x[i] * m + y[i] * k + a) >> shift, lo), hi)
+            else:
+                for i in range(target.size):
+                    total = add[c]
+                    for j in range(len(xs)):
+                        total += xs[j][n, c, i] * mults[j, c]
+                    target[i] = min(max(total >> shift, lo), hi)
+
+
+def requant(xs: list[np.ndarray], mults: list[np.ndarray], add: np.ndarray, shift: int, lo: int, hi: int, dtype: type, threads: int) -> np.ndarray:
+    """[N, ..] of `dtype`: clamp((add + sum of x * mult) >> shift, lo, hi) in int32, which must not overflow.
+
+    xs: whole numbers [N, ..] that broadcast to one shape; mults, add: int32 arrays that broadcast to one sample of it.
+    """
+    shape, consts = np.broadcast_shapes(*(x.shape for x in xs)), [*mults, add]
+    axes = max([0, *(axis + 1 for a in consts for axis, size in enumerate(a.shape) if size > 1)])
+    rows = int(np.prod(shape[1 : axes + 1]))
+    table = np.stack([np.broadcast_to(a, (*shape[1 : axes + 1], *(1,) * (len(shape) - 1 - axes))).reshape(rows) for a in consts]).astype(np.int32)
+    flat = tuple(np.require(np.broadcast_to(x, shape), np.int32, ["C", "W"]).reshape(shape[0], rows, -1) for x in xs)
+    out = np.empty(flat[0].shape, dtype)
+    whole = [np.int32(n) for n in (shift, lo, hi)]
+    _each_chunk(lambda images: _requant(flat, table[:-1], table[-1], *whole, images, out), shape[0], out[0].size, threads)
+    return out.reshape(shape)
+
+
 # -- certification -----------------------------------------------------------------------------------------------------
-@njit(**_FAST)
+@compiled
 def _convert(p, record, out):
     strips.convert(p.ctypes.data, p.size // LANES, record.ctypes.data, out.ctypes.data)
 
 
-@njit(**_FAST)
+@compiled
 def _convert16(p, record, out):
     strips.convert16(p.ctypes.data, p.size // LANES, record.ctypes.data, out.ctypes.data)
 

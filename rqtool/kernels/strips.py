@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba.types import int64
 
-from rqtool.kernels.vector import BYTES, F32, F32S, I8, I16, I32, I32S, I64, LANES, PACKED, Emitter, emitted
+from rqtool.kernels.vector import BYTES, F32, F32S, I8, I16, I32, I32S, I64, LANES, PACKED, Emitter, emitted, one_of
 
 POSITIONS = 64  # of a strip
 VECTORS = POSITIONS // LANES
@@ -25,7 +24,7 @@ GROUPS = ((9, 2), (3, 4))  # (rows, columns) of one step of a gradient: as many 
 
 ADC = np.dtype([("rate", "f4"), ("lo", "f4"), ("hi", "f4"), ("gain", "f4"), ("table", "i8"), ("key", "i8")])  # of one column in one tile
 ADC16 = np.dtype([("mult", "i2"), ("lo", "i2"), ("hi", "i2"), ("gain", "i2")])
-RATE, LO, HI, GAIN, TABLE, KEY = (ADC.fields[name][1] for name in ADC.names)
+FIELD = {name: ADC.fields[name][1] for name in ADC.names}  # where each is in a record
 
 # -- one strip: partial sums ---------------------------------------------------------------------------------------------
 def _strip_sums(e: Emitter, x, stride, w, count, dot8: bool) -> list:
@@ -64,8 +63,8 @@ class _Adc:
     @staticmethod
     def load(e: Emitter, record, draws, first) -> _Adc:
         """From an ADC record; `first` is the number of the strip's first position, it picks the draws."""
-        rate, lo, hi, gain = (e.splat(e.load(e.at(record, field), F32)) for field in (RATE, LO, HI, GAIN))
-        table, key = (e.load(e.at(record, field), I64) for field in (TABLE, KEY))
+        rate, lo, hi, gain = (e.splat(e.load(e.at(record, FIELD[name]), F32)) for name in ("rate", "lo", "hi", "gain"))
+        table, key = (e.load(e.at(record, FIELD[name]), I64) for name in ("table", "key"))
         return _Adc(rate, lo, hi, gain, table, None if draws is None else e.at(draws, (4, _start(e, key, first))))
 
 
@@ -85,9 +84,8 @@ def _raw_code(e: Emitter, p, adc: _Adc, v: int):
 
 # -- one tile: all strips ------------------------------------------------------------------------------------------------
 def _reader(dot8: bool, kind: str):
-    """An emitted function that adds one tile's reads to acc float32 [columns][POSITIONS]; kind: hard, noisy or table."""
+    """A body that adds one tile's reads to acc float32 [columns][POSITIONS]; kind: hard, noisy or table."""
 
-    @emitted(*(int64,) * 9)
     def read_tile(e, x, stride, w, count, adcs, strips, draws, first, acc):
         with e.times(strips) as s:
             weights = e.at(w, (e.b.mul(s, count), 4 * STRIP))
@@ -117,7 +115,6 @@ def _code16(e: Emitter, a, b, adc: list):
 def _reader16(gains: bool):
     """The same in whole numbers of 16 bits: acc int16 [columns][POSITIONS], in the order of `pack16`."""
 
-    @emitted(*(int64,) * 7)
     def read_tile(e, x, stride, w, count, adcs, strips, acc):
         with e.times(strips) as s:
             sums = _strip_sums(e, x, stride, e.at(w, (e.b.mul(s, count), 4 * STRIP)), count, True)
@@ -131,7 +128,7 @@ def _reader16(gains: bool):
     return read_tile
 
 
-@emitted(*(int64,) * 3)
+@emitted
 def widen(e, acc16, columns, acc):
     """acc int32 [columns][POSITIONS] += acc16, in the order of positions; acc16 = 0."""
     order = [PACKED.index(n) for n in range(2 * LANES)]
@@ -145,13 +142,12 @@ def widen(e, acc16, columns, acc):
 
 
 def _sloper(dot8: bool, kind: str):
-    """An emitted function for one tile of a block: d [columns][BLOCK] = gradient of the partial sums, dstep [columns] += the step's.
+    """A body for one tile of a block: d [columns][BLOCK] = gradient of the partial sums, dstep [columns] += the step's.
 
     kind: hard (straight through: 1 inside, 0 where the code clips), noisy (exact slope from a table, the forward pass's draws) or
     table (the same without a step to learn).
     """
 
-    @emitted(*(int64,) * 11)
     def slope_tile(e, x, stride, w, count, adcs, strips, draws, first, grad, d, dstep):
         with e.times(strips) as s:
             weights, records = e.at(w, (e.b.mul(s, count), 4 * STRIP)), e.at(adcs, (s, STRIP * ADC.itemsize))
@@ -191,7 +187,6 @@ def _grad_rows(rows: int):
     """drows [rows][BLOCK] = w.T @ d, for `rows` rows: w float32 [columns][rows], d [columns][BLOCK]."""
     vectors = 2 if rows > 4 else 4
 
-    @emitted(*(int64,) * 4)
     def grad_rows(e, d, w, columns, drows):
         with e.times(BLOCK // (vectors * LANES)) as n:
             at = e.at(I64(0), (n, BYTES * vectors))
@@ -214,7 +209,6 @@ def _grad_weights(rows: int, columns: int):
     """dw [sets of columns][lanes] += d @ x.T for `rows` rows x [rows][..]: lane column * rows + row, in whole vectors."""
     vectors = -(-rows * columns // LANES)
 
-    @emitted(*(int64,) * 4)
     def grad_weights(e, d, x, sets, dw):
         with e.times(sets) as s:
             sums = [e.variable(e.constant(F32, 0.0)) for _ in range(rows * columns)]
@@ -234,9 +228,8 @@ def _grad_weights(rows: int, columns: int):
 
 # -- im2col ----------------------------------------------------------------------------------------------------------------
 def _weaver(step: int):
-    """An emitted function: words [words][..] at `out` from a run of positions, sixteen at a time, of rows that advance by `step` bytes."""
+    """A body: words [words][..] at `out` from a run of positions, sixteen at a time, of rows that advance by `step` bytes."""
 
-    @emitted(*(int64,) * 6)
     def weave(e, x, offsets, words, steps, out, stride):
         with e.times(words) as k:
             sources = [e.at(x, e.load(e.at(offsets, (k, 8 * WORD), 8 * j), I64)) for j in range(WORD)]
@@ -250,7 +243,7 @@ def _weaver(step: int):
     return weave
 
 
-@emitted(*(int64,) * 4)
+@emitted
 def unweave(e, words, count, vectors, rows):
     """float32 rows [WORD * count][16 * vectors] from words [count][16 * vectors + SLACK]."""
     with e.times(count) as k:
@@ -262,7 +255,7 @@ def unweave(e, words, count, vectors, rows):
                 e.store(e.b.uitofp(byte, F32S), place)
 
 
-@emitted(*(int64,) * 3)
+@emitted
 def add_run(e, target, source, count):
     """float32 target[0 .. count) += source, sixteen at a time; the last lanes are masked."""
     lanes = e.numbers()
@@ -273,17 +266,19 @@ def add_run(e, target, source, count):
         e.masked_store(e.b.fadd(old, new), e.at(target, (n, BYTES)), mask)
 
 
-read_hard, read_noisy, read_table = (_reader(False, kind) for kind in ("hard", "noisy", "table"))
-read8_hard, read8_noisy, read8_table = (_reader(True, kind) for kind in ("hard", "noisy", "table"))
-read16, read16_gains = _reader16(False), _reader16(True)
-slope_hard, slope_noisy, slope_table = (_sloper(False, kind) for kind in ("hard", "noisy", "table"))
-slope8_hard, slope8_noisy, slope8_table = (_sloper(True, kind) for kind in ("hard", "noisy", "table"))
-rows9, rows3 = (_grad_rows(rows) for rows, _ in GROUPS)
-weights9, weights3 = (_grad_weights(*group) for group in GROUPS)
-weave1, weave2 = _weaver(1), _weaver(2)
+HARD, NOISY, TABLE = range(3)
+KINDS = ("hard", "noisy", "table")
+FORMS = [(dot8, kind) for dot8 in (False, True) for kind in KINDS]  # form = KIND, or KIND + 3 for 8-bit dot products
+read = emitted(one_of([_reader(*form) for form in FORMS]))
+slope = emitted(one_of([_sloper(*form) for form in FORMS]))
+read16 = emitted(one_of([_reader16(False), _reader16(True)]))
+grad_rows = emitted(one_of([_grad_rows(rows) for rows, _ in GROUPS]))
+grad_weights = emitted(one_of([_grad_weights(*group) for group in GROUPS]))
+weave = emitted(one_of([_weaver(1), _weaver(2)]))
+
 
 # -- certification ---------------------------------------------------------------------------------------------------------
-@emitted(*(int64,) * 4)
+@emitted
 def convert(e, p, vectors, record, out):
     """float32 code - zero of float32 partial sums, through the lines that every strip runs."""
     adc = _Adc.load(e, record, None, None)
@@ -292,7 +287,7 @@ def convert(e, p, vectors, record, out):
         e.store(e.clamp(_raw_code(e, sums, adc, 0), adc.lo, adc.hi), e.at(out, (n, BYTES)))
 
 
-@emitted(*(int64,) * 4)
+@emitted
 def convert16(e, p, vectors, record, out):
     """The same in 16 bits: int32 partial sums, int32 codes."""
     with e.times(vectors) as n:

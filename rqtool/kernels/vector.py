@@ -8,7 +8,7 @@ processor; LLVM splits them where registers are narrower. Only `dot8` needs inst
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from llvmlite import ir
@@ -175,23 +175,39 @@ class Emitter:
 PACKED = [16 * (n // 4 % 2) + 4 * (n // 8) + n % 4 for n in range(32)]  # which of a, b's 32 lanes is in lane n of pack16
 
 
-def emitted(*arguments: types.Type) -> Callable:
-    """A body (emitter, *values) as a function that numba code can call; it returns nothing."""
+def emitted(body: Callable) -> Callable:
+    """A body (emitter, *values) as a function that numba code can call with whole numbers; it returns nothing."""
+    names = ["typingctx", *list(inspect.signature(body).parameters)[1:]]
+    signature = types.void(*(types.int64,) * (len(names) - 1))
 
-    def decorate(body: Callable) -> Callable:
-        signature = types.void(*arguments)
+    def codegen(context, builder, sig, values):
+        body(Emitter(builder), *values)
+        return context.get_dummy_value()
 
-        def codegen(context, builder, sig, values):
-            body(Emitter(builder), *values)
-            return context.get_dummy_value()
+    def typer(typingctx, *given):
+        return signature, codegen
 
-        def typer(typingctx, *given):
-            return signature, codegen
+    typer.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])
+    typer.__name__, typer.__doc__, typer.__module__ = body.__name__, body.__doc__, body.__module__
+    return intrinsic(typer)
 
-        names = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("typingctx", *list(inspect.signature(body).parameters)[1:])]
-        typer.__signature__ = inspect.Signature(names)
-        typer.__name__ = typer.__qualname__ = body.__name__
-        typer.__doc__, typer.__module__ = body.__doc__, body.__module__
-        return intrinsic(typer)
 
-    return decorate
+def one_of(bodies: Sequence[Callable]) -> Callable:
+    """Bodies with the same arguments as one, whose first argument says which of them runs."""
+
+    def pick(e: Emitter, form, *values):
+        end = e.b.append_basic_block("end")
+        switch = e.b.switch(form, end)
+        for n, body in enumerate(bodies):
+            switch.add_case(I64(n), e.b.append_basic_block(f"form{n}"))
+            e.b.position_at_end(switch.cases[n][1])
+            body(e, *values)
+            e.b.branch(end)
+        e.b.position_at_end(end)
+
+    first = inspect.signature(bodies[0])
+    form = inspect.Parameter("form", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    emitter, *others = first.parameters.values()
+    pick.__signature__ = first.replace(parameters=[emitter, form, *others])
+    pick.__name__, pick.__doc__, pick.__module__ = bodies[0].__name__, bodies[0].__doc__, bodies[0].__module__
+    return pick

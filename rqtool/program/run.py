@@ -94,10 +94,8 @@ def _quantize(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
 
 
 def _requant(op: Op, consts: dict, *xs: torch.Tensor) -> torch.Tensor:
-    total = consts["add"]
-    for n, x in enumerate(xs):
-        total = total + x.int() * consts[f"mult{n}"]
-    return (total >> op.attrs["shift"]).clamp(op.attrs["lo"], op.attrs["hi"])
+    dtype = torch.uint8 if 0 <= op.attrs["lo"] and op.attrs["hi"] <= 255 else torch.int32
+    return choose.requant(xs, [consts[f"mult{n}"] for n in range(len(xs))], consts["add"], op.attrs["shift"], op.attrs["lo"], op.attrs["hi"], dtype)
 
 
 def _pads(pads: list) -> list[int]:
