@@ -18,8 +18,8 @@ import numpy as np
 from numba import njit
 
 from rqtool.kernels import strips, vector
-from rqtool.kernels.spec import ReadSpec
-from rqtool.kernels.strips import ADC, ADC16, BLOCK, GROUPS, HARD, NOISY, POSITIONS, STRIP, TABLE, WORD
+from rqtool.kernels.spec import ReadSpec, Tables
+from rqtool.kernels.strips import ADC, ADC16, BLOCK, FREE_BITS, GROUPS, HARD, LEVELS16, NOISY, POSITIONS, STRIP, TABLE, WORD
 from rqtool.kernels.threads import each
 from rqtool.kernels.vector import BYTES, DOT8, LANES
 from rqtool.mapping.plan import Geometry
@@ -232,11 +232,11 @@ def _forward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images,
 
 
 @compiled
-def _forward16(x, offsets, group_size, tiles, w, adcs, gains, period, shape, images, words, acc16, acc, out):
-    """The same in 16 bits: adcs: ADC16 records; `period` tiles cannot overflow, then their sum is moved to acc int32."""
+def _forward16(x, offsets, group_size, tiles, w, adcs, form, period, shape, images, words, acc16, acc, out):
+    """The same in 16 bits: adcs: ADC16 or LEVELS16 records [groups, T, ..]; `period` tiles cannot overflow, then their sum is moved to acc int32."""
     size, columns = shape[0] * shape[1], out.shape[1] // w.shape[0]
     found = np.empty((POSITIONS, 3), np.int64)
-    n_strips, word_bytes = adcs.shape[2] // STRIP, words.shape[1] * 4
+    n_strips, word_bytes = acc.shape[0] // STRIP, words.shape[1] * 4
     for first in range(images[0] * size, images[1] * size, POSITIONS):
         count = min(POSITIONS, images[1] * size - first)
         n_found = _runs(first, count, shape, found)
@@ -247,7 +247,7 @@ def _forward16(x, offsets, group_size, tiles, w, adcs, gains, period, shape, ima
             for t in range(tiles.shape[0]):
                 word, n_words, _ = tiles[t]
                 x_at, adc = words.ctypes.data + word * word_bytes, adcs[g, t].ctypes.data
-                strips.read16(gains, x_at, word_bytes, at, n_words, adc, n_strips, acc16.ctypes.data)
+                strips.read16(form, x_at, word_bytes, at, n_words, adc, n_strips, acc16.ctypes.data)
                 at += n_strips * n_words * 4 * STRIP
                 if (t + 1) % period == 0 or t + 1 == tiles.shape[0]:
                     strips.widen(acc16.ctypes.data, acc.shape[0], acc.ctypes.data)
@@ -358,16 +358,55 @@ def _keys(spec: ReadSpec) -> np.ndarray:
         return (h ^ (h >> np.uint64(27))).astype(np.int64)
 
 
-def _adcs16(spec: ReadSpec, padded: int) -> tuple[np.ndarray, int] | None:
-    """(ADC16 records, tiles whose codes add up in 16 bits), or None where 16 bits are too few for a multiplier, a partial sum or a value."""
+@dataclass(frozen=True)
+class _Sixteen:
+    """A call in 16 bits. adcs: records [groups, T, ..]; form: of strips.read16; period: tiles whose values add up in 16 bits."""
+
+    adcs: np.ndarray
+    form: int
+    period: int
+
+
+def _sixteen(spec: ReadSpec, padded: int) -> _Sixteen | None:
+    """None where 16 bits are too few for a multiplier, a partial sum or a value."""
+    if spec.p_peak >= MOST15 or spec.noise is not None:
+        return None
+    return _uniform16(spec, padded) if spec.tables is None else _free16(spec) if spec.tables.value is not None else None
+
+
+def _uniform16(spec: ReadSpec, padded: int) -> _Sixteen | None:
     g, mult = spec.geometry, spec.rate.astype(np.float64) * 2.0**SHIFT16
     most = float(np.max(np.maximum(np.abs(spec.lo), np.abs(spec.hi)) * np.abs(spec.gain), initial=1))
-    if spec.p_peak > MOST15 or most > MOST15 or not np.array_equal(mult, np.floor(mult)) or mult.max() > MOST15:
+    if most > MOST15 or not np.array_equal(mult, np.floor(mult)) or mult.max() > MOST15:
         return None
     records = np.zeros((g.groups, len(spec.tiles), padded), ADC16)
     for name, a in (("mult", mult), ("lo", spec.lo), ("hi", spec.hi), ("gain", spec.gain)):
         records[:, :, : g.group_columns][name] = a.reshape(len(spec.tiles), g.groups, -1).transpose(1, 0, 2)
-    return records, int(MOST15 // most)
+    return _Sixteen(records, int(np.any(spec.gain != 1)), int(MOST15 // most))
+
+
+def _free16(spec: ReadSpec) -> _Sixteen | None:
+    """For one table of whole numbers with few steps; found from the table itself."""
+    found = levels16(spec.tables)
+    if found is None or np.any(spec.gain != 1):
+        return None
+    record, codes = found
+    most = max(1, int(np.abs(record["levels"].astype(int)).max()))
+    form = next(n for n, bits in enumerate(FREE_BITS, 2) if codes <= 1 << bits)
+    return _Sixteen(np.broadcast_to(record, (spec.geometry.groups, len(spec.tiles), 1)).copy(), form, MOST15 // most)
+
+
+def levels16(tables: Tables) -> tuple[np.ndarray, int] | None:
+    """(a LEVELS16 record [1], codes) of the one row of a value table, or None where it has too many steps or values beyond 16 bits."""
+    value = tables.value[0]
+    steps = np.flatnonzero(np.diff(value)) + 1
+    if len(tables.value) > 1 or len(steps) >= 1 << FREE_BITS[-1] or np.any(value != np.floor(value)) or np.abs(value).max() > MOST15:
+        return None
+    record = np.zeros(1, LEVELS16)
+    record["thresholds"] = MOST15  # larger than any partial sum
+    record["thresholds"][0, 1 : len(steps) + 1] = steps + tables.p_min
+    record["levels"][0, : len(steps) + 1] = value[np.concatenate([[0], steps])]
+    return record, len(steps) + 1
 
 
 def forward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, threads: int, *, dot8: bool = True, dtype: type = np.float32) -> np.ndarray:
@@ -377,14 +416,13 @@ def forward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, threads: int, *, 
     """
     call = _Call(x, weight, spec, "value", dot8)
     out = np.empty((x.shape[0], spec.geometry.columns, call.out[0] * call.out[1]), dtype)
-    sixteen = _adcs16(spec, call.padded) if call.dot8 and call.form == HARD + DOT8_FORMS else None
+    sixteen = _sixteen(spec, call.padded) if call.dot8 else None
 
     def task(images):
         words, acc = call.words(POSITIONS), (call.padded, POSITIONS)
         common = (call.x, call.offsets, call.group_size, call.tiles, call.w)
         if sixteen:
-            gains = int(np.any(spec.gain != 1))
-            _forward16(*common, sixteen[0], gains, sixteen[1], call.shape, images, words, _scratch(acc, np.int16), _scratch(acc, np.int32), out)
+            _forward16(*common, sixteen.adcs, sixteen.form, sixteen.period, call.shape, images, words, _scratch(acc, np.int16), _scratch(acc, np.int32), out)
         else:
             _forward(*common, call.adcs, call.draws, call.form, call.shape, images, words, call.rows(0 if call.dot8 else POSITIONS), _scratch(acc, np.float32), out)
 
@@ -467,6 +505,11 @@ def _convert16(p, record, out):
     strips.convert16(p.ctypes.data, p.size // LANES, record.ctypes.data, out.ctypes.data)
 
 
+@compiled
+def _convert_levels16(p, record, out):
+    strips.convert_levels16(p.ctypes.data, p.size // LANES, record.ctypes.data, out.ctypes.data)
+
+
 def codes(p: np.ndarray, rate: float, lo: float, hi: float) -> np.ndarray:
     """float32 code - zero of whole-number partial sums through the very lines the kernels run: what certification compares."""
     record = np.zeros(1, ADC)
@@ -484,9 +527,15 @@ def codes16(p: np.ndarray, mult: int, lo: int, hi: int) -> np.ndarray:
 def every_code(p: np.ndarray, mult: int, shift: int, lo: int, hi: int) -> list[np.ndarray]:
     """code - zero of whole-number partial sums p, once by each form that a read with this multiplier may take on this processor."""
     found = [codes(p, mult / 2.0**shift, lo, hi)]
-    if DOT8 and shift == SHIFT16 and np.abs(p).max() <= MOST15:
+    if DOT8 and shift == SHIFT16 and np.abs(p).max() < MOST15:
         found.append(codes16(p, mult, lo, hi))
     return found
+
+
+def every_level(p: np.ndarray, tables: Tables) -> list[np.ndarray]:
+    """The table's value of whole-number partial sums p through the 16-bit form, where it may be taken."""
+    found = levels16(tables) if DOT8 and np.abs(p).max() < MOST15 else None
+    return [] if found is None else [_through(_convert_levels16, p, found[0], np.int32)]
 
 
 def _through(convert, p: np.ndarray, record: np.ndarray, dtype: type) -> np.ndarray:

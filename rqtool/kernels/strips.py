@@ -8,6 +8,7 @@ Partial sums come from 8-bit dot products of words (dot8) or, on any processor, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,8 @@ NOISE_MASK = 65535
 GROUPS = ((9, 2), (3, 4))  # (rows, columns) of one step of a gradient: as many as registers hold, then what is left of a tile
 
 ADC = np.dtype([("rate", "f4"), ("lo", "f4"), ("hi", "f4"), ("gain", "f4"), ("table", "i8"), ("key", "i8")])  # of one column in one tile
+LEVELS16 = np.dtype([("thresholds", "i2", 32), ("levels", "i2", 32)])  # free levels: code n and above from thresholds[n] on
+FREE_BITS = (2, 3, 4, 5)  # how often thresholds are halved
 ADC16 = np.dtype([("mult", "i2"), ("lo", "i2"), ("hi", "i2"), ("gain", "i2")])
 FIELD = {name: ADC.fields[name][1] for name in ADC.names}  # where each is in a record
 
@@ -112,21 +115,42 @@ def _code16(e: Emitter, a, b, adc: list):
     return e.clamp16(e.scale15(e.pack16(a, b), adc[0]), adc[1], adc[2])
 
 
-def _reader16(gains: bool):
-    """The same in whole numbers of 16 bits: acc int16 [columns][POSITIONS], in the order of `pack16`."""
+def _level16(e: Emitter, a, b, table, bits: int):
+    """The levels of two int32 vectors of partial sums, by halving the thresholds `bits` times; table: a LEVELS16 record."""
+    thresholds, levels = (e.load(e.at(table, BYTES * n), I16, 2 * LANES) for n in range(2))
+    p, index = e.pack16(a, b), e.constant(I16, 0, 2 * LANES)
+    for bit in range(bits - 1, -1, -1):
+        higher = e.b.or_(index, e.constant(I16, 1 << bit, 2 * LANES))
+        index = e.b.select(e.b.icmp_signed(">=", p, e.pick16(thresholds, higher)), higher, index)
+    return e.pick16(levels, index)
+
+
+def _reader16(convert: Callable):
+    """The same in whole numbers of 16 bits: acc int16 [columns][POSITIONS], in the order of `pack16`. convert(e, a, b, adcs, column)."""
 
     def read_tile(e, x, stride, w, count, adcs, strips, acc):
         with e.times(strips) as s:
             sums = _strip_sums(e, x, stride, e.at(w, (e.b.mul(s, count), 4 * STRIP)), count, True)
             for c in range(STRIP):
-                adc = _load16(e, e.at(adcs, (s, STRIP * ADC16.itemsize), c * ADC16.itemsize))
+                column = e.b.add(e.b.mul(s, I64(STRIP)), I64(c))
                 for h in range(VECTORS // 2):
-                    q = _code16(e, sums[c][2 * h], sums[c][2 * h + 1], adc)
-                    q = e.b.mul(q, adc[3]) if gains else q
+                    q = convert(e, sums[c][2 * h], sums[c][2 * h + 1], adcs, column)
                     e.add_to(e.at(acc, (s, STRIP * 2 * POSITIONS), c * 2 * POSITIONS + BYTES * h), q)
 
     return read_tile
 
+
+def _uniform16(e: Emitter, a, b, adcs, column):
+    return _code16(e, a, b, _load16(e, e.at(adcs, (column, ADC16.itemsize))))
+
+
+def _gained16(e: Emitter, a, b, adcs, column):
+    adc = _load16(e, e.at(adcs, (column, ADC16.itemsize)))
+    return e.b.mul(_code16(e, a, b, adc), adc[3])
+
+
+def _free16(bits: int) -> Callable:
+    return lambda e, a, b, adcs, column: _level16(e, a, b, adcs, bits)
 
 @emitted
 def widen(e, acc16, columns, acc):
@@ -271,7 +295,7 @@ KINDS = ("hard", "noisy", "table")
 FORMS = [(dot8, kind) for dot8 in (False, True) for kind in KINDS]  # form = KIND, or KIND + 3 for 8-bit dot products
 read = emitted(one_of([_reader(*form) for form in FORMS]))
 slope = emitted(one_of([_sloper(*form) for form in FORMS]))
-read16 = emitted(one_of([_reader16(False), _reader16(True)]))
+read16 = emitted(one_of([_reader16(convert) for convert in (_uniform16, _gained16, *map(_free16, FREE_BITS))]))
 grad_rows = emitted(one_of([_grad_rows(rows) for rows, _ in GROUPS]))
 grad_weights = emitted(one_of([_grad_weights(*group) for group in GROUPS]))
 weave = emitted(one_of([_weaver(1), _weaver(2)]))
@@ -293,4 +317,13 @@ def convert16(e, p, vectors, record, out):
     with e.times(vectors) as n:
         sums = e.load(e.at(p, (n, BYTES)), I32, LANES)
         q = _code16(e, sums, sums, _load16(e, record))
+        e.store(e.b.sext(e.shuffle(q, q, [PACKED.index(lane) for lane in range(LANES)]), I32S), e.at(out, (n, BYTES)))
+
+
+@emitted
+def convert_levels16(e, p, vectors, table, out):
+    """The levels of int32 partial sums, int32, five halvings."""
+    with e.times(vectors) as n:
+        sums = e.load(e.at(p, (n, BYTES)), I32, LANES)
+        q = _level16(e, sums, sums, table, FREE_BITS[-1])
         e.store(e.b.sext(e.shuffle(q, q, [PACKED.index(lane) for lane in range(LANES)]), I32S), e.at(out, (n, BYTES)))

@@ -171,6 +171,10 @@ class Emitter:
         """(a * mult + 2**14) >> 15 on 32 lanes of 16 bits."""
         return self.call("llvm.x86.avx512.pmul.hr.sw.512", a, mult) if DOT8 else a
 
+    def pick16(self, table: ir.Value, index: ir.Value) -> ir.Value:
+        """table[index] on 32 lanes of 16 bits."""
+        return self.call("llvm.x86.avx512.permvar.hi.512", table, index) if DOT8 else table
+
 
 PACKED = [16 * (n // 4 % 2) + 4 * (n // 8) + n % 4 for n in range(32)]  # which of a, b's 32 lanes is in lane n of pack16
 

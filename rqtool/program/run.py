@@ -41,6 +41,17 @@ def certified(plan: Plan, mult: np.ndarray, zero: np.ndarray) -> bool:
     return True
 
 
+def certified_levels(spec: ReadSpec) -> bool:
+    """The same for free levels, whose plain form is a look-up in the table of `spec` itself."""
+    if not choose.numba_available():
+        return False
+    from rqtool.kernels import cpu
+
+    value = spec.tables.value[0]
+    p = np.arange(spec.tables.p_min, spec.tables.p_min + value.size, dtype=np.int64)
+    return all(np.array_equal(levels, value) for levels in cpu.every_level(p, spec.tables))
+
+
 class Reads:
     """One reads operation, prepared: planes of the weight, spec of the ADC, certificate."""
 
@@ -54,7 +65,8 @@ class Reads:
 
     def _prepare(self, program: Program, op: Op, kind: str) -> tuple[ReadSpec, bool]:
         if kind == "free":
-            return free_level_spec(self.plan, program.const(op, "thresholds"), program.const(op, "levels")), choose.numba_available()
+            spec = free_level_spec(self.plan, program.const(op, "thresholds"), program.const(op, "levels"))
+            return spec, certified_levels(spec)
         mult, zero, gain = (program.const(op, role) for role in ("mult", "zero", "gain"))
         return make_spec(self.plan, mult, zero, gain), certified(self.plan, mult, zero)
 

@@ -18,7 +18,7 @@ def doctor() -> dict[str, Any]:
     carrier, reason, cache = _carrier()
     return {
         "command": "doctor", "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "system": platform.platform(), "processor": _processor(), "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(), "processor": processor(), "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(), "carrier": carrier, "reason": reason, "cache": cache,
     }  # fmt: skip
 
@@ -34,7 +34,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
     """The model name that Linux gives, or what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
