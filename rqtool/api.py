@@ -77,7 +77,7 @@ class Quantized:
 
     float: the model as it came. ptq: calibrated, not trained. tuned: after `recipe.epochs` epochs, the integer program that was
     saved. ideal: the twin with an ideal ADC, trained equally long. agreement: percent of images on which the integer program and
-    the trained network, run through its graph in floating point on the same grids, name the same class.
+    the network that is served, its graph run in floating point, name the same class (train/served.py).
     """
 
     out: str | None

@@ -385,7 +385,7 @@ def _batch_norm(f: Freezer, node: Node) -> Formula:
     return _affine(f, node, per_channel(norm.mult, rank), per_channel(norm.add, rank))
 
 
-def _numbers(node: Node) -> tuple[np.ndarray, np.ndarray]:
+def _scalars(node: Node) -> tuple[np.ndarray, np.ndarray]:
     """mult and add of an affine node, as arrays that broadcast to it."""
     return tuple(per_channel(node.attrs[role], len(node.shape)) for role in ("mult", "add"))
 
@@ -454,7 +454,7 @@ LOWER: dict[str, Callable[[Freezer, Node], Value | Formula]] = {
     "batch_norm": _batch_norm,
     "relu": _relu,
     "clamp": _clamp,
-    "affine": lambda f, n: _affine(f, n, *_numbers(n)),
+    "affine": lambda f, n: _affine(f, n, *_scalars(n)),
     "add": _add,
     "maxpool": lambda f, n: f.moved("maxpool", n, dict(n.attrs)),
     "avgpool": _avgpool,
