@@ -12,6 +12,8 @@ from test_freeze import IMAGES, MACROS, every_style, one_thread, prepared  # noq
 from torch import nn
 from torch.nn import functional as F
 
+from rqtool.export.onnx import to_onnx
+from rqtool.export.verify import session, verify
 from rqtool.hardware.macro import Macro
 from rqtool.model.capture import capture
 from rqtool.model.network import Network
@@ -138,6 +140,16 @@ def test_the_layers_are_the_trained_ones_and_no_operation_is_spent_between_them(
     seen: list[str] = []
     served(pixels, lambda name, value: seen.append(name))
     assert seen == [served.graph.input, *names]
+
+
+@pytest.mark.parametrize(("style", "macro"), [("one layer", "ideal offset"), ("tokens", "offset columns"), ("branches", "default"), ("arithmetic", "offset columns"), ("norm after relu", "free")])
+def test_the_exported_file_has_the_same_scores(style: str, macro: str) -> None:
+    """Sums of tensors with one column and with all, of every rank."""
+    served, program, pixels = lowered(captured(style)[1], MACROS[macro], STYLES[style].shape, True)
+    model = to_onnx(program)
+    verify(model, program, pixels[:3].numpy(), batches=(2,), levels=("disabled", "all"))
+    (output,) = session(model, "all").run(None, {program.input: pixels.numpy()})
+    assert np.array_equal((output * program.meta["output_scale"]).astype(np.float32), served(pixels).numpy())
 
 
 # -- the numbers themselves ------------------------------------------------------------------------------------------------
