@@ -45,13 +45,15 @@ from rqtool.model.zoo import ZOO
 from rqtool.program import golden
 from rqtool.program.freeze import Norm
 from rqtool.program.ir import ATTRIBUTES, Program
+from rqtool.program.numbers import Numbers
 from rqtool.program.run import Runner, certified
 from rqtool.storage import check_writable, write_atomic
 from rqtool.train.calibrate import calibrate
 from rqtool.train.finetune import Candidate, Feed, Recipe, consider_norms, finetune, fitting_network, steps_per_epoch, top1
-from rqtool.train.frozen import freeze, peaks_of
+from rqtool.train.frozen import freeze, lower, peaks_of
 from rqtool.train.measure import layer_table, percent, predictions, real_predictions
 from rqtool.train.rewrite import plans, read_layers, rewrite
+from rqtool.train.served import Served
 
 HELD_OUT_PEAK = 5000
 DEMO_EPOCHS = 6  # its 3,600 training images are few steps each
@@ -75,7 +77,7 @@ class Quantized:
 
     float: the model as it came. ptq: calibrated, not trained. tuned: after `recipe.epochs` epochs, the integer program that was
     saved. ideal: the twin with an ideal ADC, trained equally long. agreement: percent of images on which the integer program and
-    the float arithmetic of training name the same class.
+    the network that is served, its graph run in floating point, name the same class (train/served.py).
     """
 
     out: str | None
@@ -214,7 +216,7 @@ def quantize(
         done()
     network, best, ptq_top1 = train_for(macro, job, recipe, progress, "")
     saved, tuned_top1, found = _measured(network, macro, job, progress, "integer program")
-    real = real_predictions(network, job.test)
+    real = real_predictions(Served(network, saved.numbers), job.test.images)
     ideal_top1 = _twin(macro, job, recipe, progress, tuned_top1) if twin else None
     result = Quantized(
         None if out is None else str(out), macro, recipe, float_top1, ptq_top1, tuned_top1, ideal_top1, percent(found == real), len(job.test), job.measured_on,
@@ -317,18 +319,26 @@ def _twin(macro: Macro, job: Job, recipe: Recipe, progress: Any, tuned_top1: flo
     return _measured(network, macro.with_ideal_adc(), job, progress, "ideal-ADC twin")[1]
 
 
-def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str) -> tuple[tuple[Program, dict[str, float]], float, np.ndarray]:
-    """((program, peaks), top-1 of the program, its predictions)."""
+@dataclass(frozen=True)
+class Lowered:
+    """A network's integer program, the numbers that `Served` computes it with, and the peaks that its grids come from."""
+
+    program: Program
+    numbers: Numbers
+    peaks: dict[str, float]
+
+
+def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str) -> tuple[Lowered, float, np.ndarray]:
+    """(what the network became, top-1 of its program, the program's predictions)."""
     peaks = peaks_of(network, job.train.batches(fitting_network(network, PEAK_BATCH), PEAK_IMAGES))
-    program = freeze(network, macro, peaks, job.pixels, job.whole)
+    program, numbers = lower(network, macro, peaks, job.pixels, job.whole)
     with progress.stage(name, len(job.test)) as done:
         found = predictions(program, job.test.images, done)
-    return (program, peaks), percent(found == job.test.images.y), found
+    return Lowered(program, numbers, peaks), percent(found == job.test.images.y), found
 
 
-def _checkpoint(network: Network, saved: tuple[Program, dict[str, float]], job: Job, recipe: Recipe, result: Quantized) -> Checkpoint:
-    program, peaks = saved
-    return Checkpoint(result.macro, network, program, peaks, job.preprocess, job.classes, recipe.to_dict(), result.to_json())
+def _checkpoint(network: Network, saved: Lowered, job: Job, recipe: Recipe, result: Quantized) -> Checkpoint:
+    return Checkpoint(result.macro, network, saved.program, saved.peaks, job.preprocess, job.classes, recipe.to_dict(), result.to_json())
 
 
 # -- evaluate --------------------------------------------------------------------------------------------------------

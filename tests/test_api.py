@@ -23,6 +23,10 @@ from rqtool import Data, Images, Macro, Preprocess, Recipe, api, checkpoint
 from rqtool.cli.main import COMMANDS, run
 from rqtool.errors import CheckError, ConfigError, InputError
 from rqtool.model.load import RECORDS, Record, state_of
+from rqtool.program.freeze import Norm
+from rqtool.program.run import Runner
+from rqtool.train.frozen import lower
+from rqtool.train.served import Served
 
 CALIBRATED = Recipe(epochs=0, calibration_images=32)
 
@@ -70,6 +74,15 @@ def test_the_saved_program_is_the_measured_one(made):
     assert rqtool.evaluate(made / "m.rq", DATA).top1 == result["metrics"]["tuned_top1"]
     saved = checkpoint.load(made / "m.rq")
     assert saved.results == result and saved.recipe == result["recipe"] == Recipe(epochs=1, batch=20).to_dict()
+
+
+def test_a_file_holds_all_that_its_program_follows_from(made):
+    """The network in it, on the numbers that freezing finds again, gives the program's scores in floating point."""
+    saved = checkpoint.load(made / "m.rq")
+    program, numbers = lower(saved.network, saved.macro, saved.peaks, Norm(*saved.preprocess.affine(1)), whole=True)
+    assert program.sha256() == saved.program.sha256()
+    scores, integers = (run_on(torch.from_numpy(DATA.test.x)) for run_on in (Served(saved.network, numbers), Runner(saved.program)))
+    assert torch.equal(scores, integers.double().mul(saved.program.meta["output_scale"]).float())
 
 
 def test_the_same_seed_gives_the_same_file(made, tmp_path):

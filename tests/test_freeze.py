@@ -61,7 +61,17 @@ class Case:
     feed: Feed
 
 
-def frozen(network: Network, macro: Macro, shape: tuple[int, ...], whole: bool, pixels: np.ndarray | None = None) -> Case:
+@dataclass(frozen=True)
+class Prepared:
+    """A calibrated network and what freezing needs beside it."""
+
+    network: Network
+    feed: Feed
+    peaks: dict[str, float]
+    pixels: Norm
+
+
+def prepared(network: Network, macro: Macro, shape: tuple[int, ...], whole: bool, pixels: np.ndarray | None = None) -> Prepared:
     rng = np.random.default_rng(0)
     mult = np.linspace(0.011, 0.014, shape[0]) if whole else np.linspace(0.9, 1.3, shape[0])
     add = np.linspace(-1.3, -1.1, shape[0]) if whole else np.zeros(shape[0])
@@ -72,7 +82,12 @@ def frozen(network: Network, macro: Macro, shape: tuple[int, ...], whole: bool, 
     batch = feed.real(slice(0, IMAGES // 2))
     calibrate(network, batch)
     network.eval()
-    return Case(network, freeze(network, macro, peaks_of(network, [batch]), Norm(mult, add), whole), pixels, feed)
+    return Prepared(network, feed, peaks_of(network, [batch]), Norm(mult, add))
+
+
+def frozen(network: Network, macro: Macro, shape: tuple[int, ...], whole: bool, pixels: np.ndarray | None = None) -> Case:
+    job = prepared(network, macro, shape, whole, pixels)
+    return Case(job.network, freeze(job.network, macro, job.peaks, job.pixels, whole), job.feed.images.x, job.feed)
 
 
 @cache

@@ -20,7 +20,7 @@ FLOORS = [
     ("rqtool.errors",),
     ("rqtool.storage", "rqtool.hardware"),
     ("rqtool.mapping",),
-    ("rqtool.program", "rqtool.program.ir", "rqtool.program.golden"),
+    ("rqtool.program", "rqtool.program.ir", "rqtool.program.golden", "rqtool.program.numbers"),
     ("rqtool.kernels",),
     ("rqtool.model", "rqtool.demo"),
     ("rqtool.program.freeze", "rqtool.program.run"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -45,13 +45,18 @@ def _conv(node: Node, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return from_image(module(to_image(x, kind)), kind, node.shape)
 
 
-def _pads(pads) -> list[int]:
-    return [n for pair in reversed(pads) for n in pair]
+def flat_pads(pads: Iterable) -> list[int]:
+    """(before, behind) of each axis as F.pad wants them: flat, the last axis first.
+
+    >>> flat_pads([[0, 0], [1, 2], [3, 4]])
+    [3, 4, 1, 2, 0, 0]
+    """
+    return [n for pair in reversed(list(pads)) for n in pair]
 
 
 def _maxpool(node: Node, module: None, x: torch.Tensor) -> torch.Tensor:
     a = node.attrs
-    return F.max_pool2d(F.pad(x, _pads(a["padding"]), value=float("-inf")), a["kernel"], a["stride"], 0, a["dilation"])
+    return F.max_pool2d(F.pad(x, flat_pads(a["padding"]), value=float("-inf")), a["kernel"], a["stride"], 0, a["dilation"])
 
 
 def _avgpool(node: Node, module: None, x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +81,7 @@ RUN: dict[str, Callable[..., torch.Tensor]] = {
     "reshape": lambda node, module, x: x.reshape(x.shape[0], *node.attrs["shape"]),
     "permute": lambda node, module, x: x.permute(0, *(a + 1 for a in node.attrs["axes"])),
     "concat": lambda node, module, *xs: torch.cat(xs, node.attrs["axis"] + 1),
-    "pad": lambda node, module, x: F.pad(x, _pads(node.attrs["pads"])),
+    "pad": lambda node, module, x: F.pad(x, flat_pads(node.attrs["pads"])),
     "slice": _slice,
     "dropout": lambda node, module, x: F.dropout(x, node.attrs["p"], module is not None and module.training),
     "tail": lambda node, module, x: {"softmax": F.softmax, "log_softmax": F.log_softmax}[node.attrs["name"]](x, -1),
@@ -108,14 +113,18 @@ class Network(nn.Module):
     def set_layer(self, name: str, module: nn.Module) -> None:
         self.layers[key(name)] = module
 
+    def compute(self, node: Node, *xs: torch.Tensor) -> torch.Tensor:
+        """The value of one node from its inputs."""
+        module = self.layer(node.module) if node.module else (self if node.op == "dropout" else None)
+        return RUN[node.op](node, module, *xs)
+
     def forward(self, x: torch.Tensor, watch: Callable[[str, torch.Tensor], None] | None = None) -> torch.Tensor:
         """The output of the last node. watch(name, value) sees every value, the input too."""
         values = {self.graph.input: x}
         if watch:
             watch(self.graph.input, x)
         for i, node in enumerate(self.graph.nodes):
-            module = self.layer(node.module) if node.module else (self if node.op == "dropout" else None)
-            values[node.name] = RUN[node.op](node, module, *(values[name] for name in node.inputs))
+            values[node.name] = self.compute(node, *(values[name] for name in node.inputs))
             if watch:
                 watch(node.name, values[node.name])
             for name in node.inputs:

@@ -1,20 +1,22 @@
 """From a trained network to its integer program: real scales become whole multipliers, and nothing real is left.
 
-Between two reads a value is not a tensor but a linear combination of integer tensors, with real scales per channel:
+Every value of the graph ends on a grid of numbers.py, and the requant that brings it there pays for all of the real arithmetic in one
+rounding: batch norm, bias, averages and residual additions only edit a formula of integer tensors under real factors, and a clamp only
+narrows the requant's ends. Which grid that is follows from who takes the value:
 
-    value = clamp(sum_n scale_n * x_n + offset, lo, hi)
+    a layer              the layer's input codes: nothing lies between the accumulators and them but the requant
+    the scores           21 bits that cover them
+    anyone, or several   20 bits with a power of two as scale: such grids share one zero and fit float32
+    a factor, a mean     the same with fewer bits, because the requant after it needs bits for its multiplier
 
-Batch norm, bias, residual additions and ReLU only edit that formula; one `requant` pays for all of them when the next layer's
-input codes are made. Where an operation needs numbers (a pool, a join, a second user) the value is written to a 20-bit grid whose
-scale is a power of two: sums of such grids need no rounded multiplier, and since training snaps the inverse of an input scale to
-a 10-bit mantissa, neither does the next quantiser. What is left of the real arithmetic is the rounding of grids and of the other multipliers.
+The walk that writes the operations also keeps, in `Numbers`, what train/served.py needs to compute the very same values in floating point.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import inf, prod
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -24,17 +26,22 @@ from rqtool.hardware.macro import Macro
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.model.graph import Graph, Node
 from rqtool.program.ir import REQUANT_BOUND, Op, Program, Tensor
+from rqtool.program.numbers import Grid, Numbers, Place, Requant, requant
 from rqtool.program.prove import prove
 
 GRID_PEAK = (1 << 19) - 1  # the 20-bit grid of values between layers: 2**19 times a 10-bit mantissa stays below 2**30
-ODD_SUM_PEAK = (1 << 15) - 1  # values that are multiplied or divided by a number that is no power of two share bits with it
+SUM_PEAK = (1 << 18) - 1  # the sum of a window, whose requant also divides
+FACTOR_PEAK = (1 << 15) - 1  # values that batch norm multiplies share bits with its multipliers
 GRID_MARGIN = 2.0  # it reaches twice the largest value seen on the calibration images
 OUTPUT_PEAK = 1 << 20  # class scores get finer codes
 FINEST = REQUANT_BOUND / 4  # no grid is so fine that a proven bound reaches more steps: a requant would pass its own bound
 LARGEST_BOUND = 1 << 20  # more times the peak, and fewer than 8 bits of the grid would be left for what was seen
 SMALLEST = 2.0**-60  # where nothing was ever seen and nothing can come
-MAX_SHIFT = 30
 MAX_TERMS = 3
+SCORES: Place = ("", 0)  # the scores where they are also used inside the network, on their way to a grid of their own
+
+FOLDS = ("batch_norm", "affine", "add")  # operations that only edit a formula
+PASSES = ("relu", "clamp", "dropout", "reshape", "permute", "slice", "maxpool")  # operations that are the same on the integers of any grid
 
 
 @dataclass(frozen=True)
@@ -61,40 +68,48 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Value:
-    """A pending linear combination; scales and offset are float64 arrays that broadcast to `shape` (per sample)."""
+class Term:
+    """tensor * scale (float64, broadcasts to the sum's shape). place: where the network forms it, from an operand that is `unit` times the tensor."""
 
-    terms: tuple[tuple[str, np.ndarray], ...]
+    tensor: str
+    scale: np.ndarray
+    place: Place
+    unit: float = 1.0
+
+
+@dataclass(frozen=True)
+class Formula:
+    """sum of terms + offset (float64): a value that is on no grid yet."""
+
+    terms: tuple[Term, ...]
     offset: np.ndarray
     shape: tuple[int, ...]
-    lo: float = -inf
-    hi: float = inf
+
+    def affine(self, mult: np.ndarray, add: np.ndarray) -> Formula:
+        return replace(self, terms=tuple(replace(t, scale=t.scale * mult) for t in self.terms), offset=self.offset * mult + add)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value on a grid, within lo..hi of its integers: a tensor of the program, or (inputs, requant, name) that will write one.
+
+    A tensor may still reach beyond lo..hi; whoever takes it clamps.
+    """
+
+    grid: Grid
+    lo: int
+    hi: int
+    shape: tuple[int, ...]
+    tensor: str | None = None
+    source: tuple[tuple[str, ...], Requant, str] | None = None
 
     @property
-    def open(self) -> bool:
-        """No clamp is pending."""
-        return self.lo == -inf and self.hi == inf
+    def peak(self) -> int:
+        return max(abs(self.lo), abs(self.hi))
 
-    @property
-    def single(self) -> bool:
-        """One integer tensor under a scale: shapes can be changed on the integers themselves."""
-        return len(self.terms) == 1 and self.open
-
-    @property
-    def centred(self) -> bool:
-        """Integer 0 is real 0."""
-        return self.single and not np.any(self.offset)
-
-    @property
-    def plain(self) -> bool:
-        """A grid: one positive scale for all, zero at zero, so that order and padding mean the same on integers."""
-        return self.centred and self.terms[0][1].size == 1 and float(self.terms[0][1].flat[0]) > 0
-
-    def map_arrays(self, change: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...], name: str) -> Value:
-        """The value after a shape operation that made tensor `name`: scale and offset follow the integers."""
-        moved = [a if a.size == 1 else change(np.broadcast_to(a, self.shape)) for a in (self.terms[0][1], self.offset)]
-        moved = [a.reshape((1,) * len(shape)) if a.size == 1 else a for a in moved]
-        return Value(((name, moved[0]),), moved[1], shape)
+    def within(self, lo: int, hi: int) -> Value:
+        """Clamped to lo..hi as well."""
+        return replace(self, lo=min(max(self.lo, lo), hi), hi=max(min(self.hi, hi), lo))
 
 
 def per_channel(array: np.ndarray, rank: int) -> np.ndarray:
@@ -111,8 +126,10 @@ class Freezer:
         self.tensors: dict[str, Tensor] = {}
         self.ops: list[Op] = []
         self.constants: dict[str, np.ndarray] = {}
-        self.values: dict[str, Value] = {}
+        self.values: dict[str, Value | Formula] = {}
         self.scales: dict[str, list[float]] = {}  # the real value of one unit of each accumulator, for the metadata
+        self.numbers = Numbers()
+        self.scores = next((n.inputs[0] for n in graph.nodes if n.op == "tail"), graph.output)  # a softmax is left out: what it is given are the scores
 
     # -- writing ---------------------------------------------------------------------------------------------------------
     def emit(self, kind: str, name: str, inputs: tuple[str, ...], shape: tuple[int, ...], lo: int, hi: int, attrs: dict[str, Any], consts: dict[str, np.ndarray] | None = None) -> str:
@@ -127,24 +144,101 @@ class Freezer:
         self.ops.append(Op(kind, unique, inputs, unique, attrs, roles))
         return unique
 
-    def requant(self, value: Value, name: str, scale: float, zero: int, lo: int, hi: int) -> str:
-        """Write a value onto a grid: clamp(round_half_up(value / scale) + zero, lo, hi)."""
-        lo, hi = (int(np.clip(edge, lo, hi)) if np.isfinite(edge) else limit for edge, limit in ((np.floor(value.lo / scale + zero + 0.5), lo), (np.floor(value.hi / scale + zero + 0.5), hi)))
-        coefficients = [a / scale for _, a in value.terms]
-        add = value.offset / scale + zero + 0.5
-        peaks = [self.tensors[t].peak for t, _ in value.terms]
-        shift = _largest_shift(coefficients, add, peaks, name)
-        consts = {f"mult{n}": _whole(c, shift) for n, c in enumerate(coefficients)}
-        consts["add"] = _whole(add, shift)
-        return self.emit("requant", name, tuple(t for t, _ in value.terms), value.shape, lo, hi, {"shift": shift, "lo": lo, "hi": hi}, consts)
+    def written(self, value: Value, name: str) -> Value:
+        """The value as a tensor with no clamp pending; `name` is the node's, for a clamp that needs an operation of its own."""
+        if value.tensor is None:
+            inputs, number, name = value.source
+        else:
+            spec = self.tensors[value.tensor]
+            if value.lo <= spec.lo and spec.hi <= value.hi:
+                return value
+            rank = (1,) * len(value.shape)
+            inputs, number, name = (value.tensor,), Requant((np.ones(rank, np.int32),), np.zeros(rank, np.int32), 0, value.grid), f"{name}.clamp"
+        attrs = {"shift": number.shift, "lo": value.lo, "hi": value.hi}
+        consts = {f"mult{n}": mult for n, mult in enumerate(number.mults)} | {"add": number.add}
+        return replace(value, tensor=self.emit("requant", name, inputs, value.shape, value.lo, value.hi, attrs, consts), source=None)
 
-    def bound(self, value: Value) -> float:
+    def moved(self, kind: str, node: Node, attrs: dict[str, Any]) -> Value:
+        """An operation on the integers of a grid, whatever they stand for."""
+        value = self.operand(node, 0)
+        spec = self.tensors[value.tensor]
+        lo, hi = (min(0, spec.lo), max(0, spec.hi)) if kind == "pad" else (spec.lo, spec.hi)
+        return Value(value.grid, lo, hi, node.shape, self.emit(kind, node.name, (spec.name,), node.shape, lo, hi, attrs))
+
+    def operand(self, node: Node, n: int) -> Value:
+        """The n-th input of a node as a tensor."""
+        name = node.inputs[n]
+        self.values[name] = self.written(self.values[name], name)
+        return self.values[name]
+
+    # -- grids -----------------------------------------------------------------------------------------------------------
+    def settle(self, formula: Formula, name: str) -> Value:
+        """The value of node `name` on the grid that its users ask for."""
+        grid, title = self.target(formula, name)
+        peaks = [self.tensors[t.tensor].peak for t in formula.terms]
+        number = requant([t.scale for t in formula.terms], formula.offset, peaks, grid, title)
+        self.numbers.rounds[name] = number
+        self.numbers.factors.update({t.place: number.factor(n, t.unit) for n, t in enumerate(formula.terms)})
+        return Value(grid, grid.lo, grid.hi, formula.shape, None, (tuple(t.tensor for t in formula.terms), number, title))
+
+    def regrid(self, value: Value, place: Place, grid: Grid, name: str) -> Value:
+        """The value on another grid; the clamp that may be pending is done there, since a requant keeps the order of values."""
+        value = value if value.tensor else self.written(value, name)
+        spec, rank = self.tensors[value.tensor], (1,) * len(value.shape)
+        number = requant([np.full(rank, value.grid.scale)], np.zeros(rank), [spec.peak], grid, name)
+        self.numbers.regrids[place] = number.factor(0, value.grid.scale), number
+        lo, hi = (min(max(number.of(end), grid.lo), grid.hi) for end in (value.lo, value.hi))
+        return Value(grid, lo, hi, value.shape, None, ((spec.name,), number, name))
+
+    def narrowed(self, node: Node, reach: int) -> Value:
+        """The first input of a node as a tensor of at most `reach` steps, so that its requant has bits for multipliers."""
+        name = node.inputs[0]
+        if self.values[name].peak <= reach:
+            return self.operand(node, 0)
+        grid = Grid(_dyadic(GRID_MARGIN * self.peaks[name] / reach), 0, -reach, reach)
+        return self.written(self.regrid(self.values[name], (node.name, 0), grid, f"{name}.grid"), name)
+
+    def target(self, formula: Formula, name: str) -> tuple[Grid, str]:
+        """(the grid for the value of node `name`, what to call the operation that writes it)."""
+        end, user = self.taker(name)
+        if self.leaves(end):
+            return self.output_grid(self.bound(formula), end), "output"
+        if user and user.op == "conv":
+            return self.code_grid(user), f"{user.name}.codes"
+        reach = GRID_PEAK if user is None else _reach(user)
+        return Grid(_dyadic(self.real_scale(self.bound(formula), end, reach)), 0, -reach, reach), f"{end}.grid"
+
+    def taker(self, name: str) -> tuple[str, Node | None]:
+        """(the last node that hands the integers of `name` on as they are, the only node that takes them from there or None)."""
+        while True:
+            user = self.only_user(name)
+            if user is None or user.op not in PASSES:
+                return name, user
+            name = user.name
+
+    def only_user(self, name: str) -> Node | None:
+        users = [n for n in self.graph.nodes for x in n.inputs if x == name]
+        return users[0] if len(users) == 1 and name != self.scores else None
+
+    def leaves(self, name: str) -> bool:
+        """Whether a value is the scores and nothing else."""
+        return name == self.scores and all(n.op == "tail" for n in self.graph.users(name))
+
+    def code_grid(self, conv: Node) -> Grid:
+        """The input codes of a layer."""
+        layer = self.layers[conv.name]
+        return Grid(layer.s_x, layer.zero, 0, self.macro.q_x)
+
+    def output_grid(self, bound: float, name: str) -> Grid:
+        return Grid(self.real_scale(bound, name, OUTPUT_PEAK) or 1.0, 0, -OUTPUT_PEAK, OUTPUT_PEAK)
+
+    def bound(self, formula: Formula) -> float:
         """The largest magnitude that the proven bounds of its tensors allow."""
-        return float(np.max(sum(np.abs(a) * self.tensors[t].peak for t, a in value.terms) + np.abs(value.offset)))
+        return float(np.max(sum(np.abs(t.scale) * self.tensors[t.tensor].peak for t in formula.terms) + np.abs(formula.offset)))
 
-    def real_scale(self, value: Value, name: str, reach: int) -> float:
-        """The smallest scale at which `reach` steps cover the peak of node `name` with its margin and a requant can count them."""
-        bound, peak = self.bound(value), self.peaks[name]
+    def real_scale(self, bound: float, name: str, reach: int) -> float:
+        """The smallest scale at which `reach` steps cover the peak of node `name` with its margin and a requant can count the bound."""
+        peak = self.peaks[name]
         if not bound <= LARGEST_BOUND * peak and peak > 0:
             raise InputError(
                 f"{escaped(name)}: its weights allow values {bound / peak:.3g} times as large as any seen on the calibration images, beyond 2**20; "
@@ -152,57 +246,44 @@ class Freezer:
             )
         return max(GRID_MARGIN * peak / reach, bound / FINEST)
 
-    def grid_scale(self, value: Value, name: str, reach: int = GRID_PEAK) -> float:
-        """The same as a power of two."""
-        return _dyadic(self.real_scale(value, name, reach))
-
-    def settle(self, value: Value, name: str, scale: float | None = None, reach: int = GRID_PEAK) -> Value:
-        """The value as whole numbers -reach..reach on a power-of-two grid that covers its peak (or a given one)."""
-        scale = self.grid_scale(value, name, reach) if scale is None else scale
-        tensor = self.requant(value, f"{name}.grid", scale, 0, -reach, reach)
-        return _grid(tensor, scale, value.shape)
-
-    def single(self, name: str) -> Value:
-        """An input value that is one tensor without a pending clamp, settled if it was not."""
-        return self.having(name, lambda v: v.single)
-
-    def having(self, name: str, wanted: Callable[[Value], bool]) -> Value:
-        """The value of node `name`, settled once and for all its users if it is not as `wanted`."""
-        if not wanted(self.values[name]):
-            self.values[name] = self.settle(self.values[name], name)
-        return self.values[name]
-
     # -- walking ---------------------------------------------------------------------------------------------------------
-    def run(self, pixels: Norm, whole: bool) -> Program:
-        """The program; pixels: real = pixel * mult + add; whole: the input is uint8, not float32."""
-        self.values[self.graph.input] = self._input(pixels, whole)
+    def run(self, pixels: Norm, whole: bool) -> tuple[Program, Numbers]:
+        """The program and its numbers; pixels: real = pixel * mult + add; whole: the input is uint8, not float32."""
+        self.keep(self.graph.input, self._input(pixels, whole))
         for node in self.graph.nodes:
-            value = LOWER[node.op](self, node)
-            self.values[node.name] = value
-            if len(self.graph.users(node.name)) > 1 and not value.single:
-                self.having(node.name, lambda v: v.single)
-        return self._finish()
+            self.keep(node.name, LOWER[node.op](self, node))
+        return self._finish(), self.numbers
 
-    def _input(self, pixels: Norm, whole: bool) -> Value:
+    def keep(self, name: str, made: Value | Formula) -> None:
+        """Settle what no user will edit further, and write what several users would each write."""
+        user = self.only_user(name)
+        if isinstance(made, Formula) and (user is None or user.op not in FOLDS):
+            made = self.settle(made, name)
+        if isinstance(made, Value) and user is None and self.graph.users(name):
+            made = self.written(made, name)
+        self.values[name] = made
+
+    def _input(self, pixels: Norm, whole: bool) -> Formula:
         shape, name = self.graph.input_shape, self.graph.input
         mult, add = (per_channel(a, len(shape)) for a in (pixels.mult, pixels.add))
         self.tensors[name] = Tensor(name, shape, 0, 255) if whole else Tensor(name, shape, None, None)
         if whole:
-            return Value(((name, mult),), add, shape)
-        reach = GRID_PEAK if np.all(np.frexp(mult)[0] == 0.5) else ODD_SUM_PEAK  # a factor that is no power of two needs bits of its own
+            return Formula((Term(name, mult, (name, 0)),), add, shape)
+        reach = GRID_PEAK if np.all(np.frexp(mult)[0] == 0.5) else FACTOR_PEAK
         scale = _dyadic(GRID_MARGIN * (self.peaks[name] + np.abs(add).max()) / np.abs(mult).min() / reach)
         attrs = {"exponent": -int(np.log2(scale)), "lo": -reach, "hi": reach}
+        self.numbers.pixels = (attrs["exponent"], -reach, reach)
         tensor = self.emit("quantize", f"{name}.grid", (name,), shape, -reach, reach, attrs)
-        return Value(((tensor, mult * scale),), add, shape)
+        return Formula((Term(tensor, mult * scale, (name, 0)),), add, shape)
 
     def _finish(self) -> Program:
-        value, name = self.values[self.graph.output], self.graph.output
-        for node in self.graph.nodes:
-            if node.name == name and node.op == "tail":  # a softmax is left out: what it is given sets the range
-                name = node.inputs[0]
-        scale = self.real_scale(value, name, OUTPUT_PEAK) or 1.0
-        output = self.requant(value, "output", scale, 0, -OUTPUT_PEAK, OUTPUT_PEAK)
-        program = Program(self.macro, self.graph.input, output, self.tensors, tuple(self.ops), self.constants, {"output_scale": scale, "scales": self.scales, "islands": []})
+        name = self.scores
+        value = self.values[name]
+        if value.grid.hi != OUTPUT_PEAK:
+            value = self.regrid(value, SCORES, self.output_grid(value.peak * value.grid.scale, name), "output")
+        value = self.written(value, name)
+        meta = {"output_scale": value.grid.scale, "scales": self.scales, "islands": []}
+        program = Program(self.macro, self.graph.input, value.tensor, self.tensors, tuple(self.ops), self.constants, meta)
         prove(program)
         return program
 
@@ -212,41 +293,44 @@ def _dyadic(scale: float) -> float:
     return 2.0 ** np.ceil(np.log2(max(scale, SMALLEST)))
 
 
-def _grid(tensor: str, scale: float, shape: tuple[int, ...]) -> Value:
-    rank = (1,) * len(shape)
-    return Value(((tensor, np.full(rank, scale)),), np.zeros(rank), shape)
-
-
-def _whole(a: np.ndarray, shift: int) -> np.ndarray:
-    return np.floor(a * 2.0**shift + 0.5).astype(np.int32)
-
-
-def _largest_shift(coefficients: list[np.ndarray], add: np.ndarray, peaks: list[int], name: str) -> int:
-    """The finest shift at which sum |x|*mult + |add| stays below the requant bound."""
-    reach = float(np.max(sum(np.abs(c) * p for c, p in zip(coefficients, peaks)) + np.abs(add)))
-    room = REQUANT_BOUND - 2 - sum(peaks)  # each rounded multiplier can be half a unit larger
-    if not np.isfinite(reach) or reach >= room:
-        raise InputError(f"{escaped(name)}: a value reaches {reach:.3g} steps of its grid, beyond 2**30; its batch norm or weights are degenerate, retrain or prune that channel")
-    return int(min(MAX_SHIFT, np.floor(np.log2(room / max(reach, 2.0**-MAX_SHIFT)))))
+def _reach(user: Node) -> int:
+    """How many steps a value may have for the only node that takes it."""
+    if user.op == "avgpool":
+        return max(1, SUM_PEAK // prod(user.attrs["kernel"]))
+    return FACTOR_PEAK if user.op in ("batch_norm", "affine") else GRID_PEAK
 
 
 # -- one rule per operation of the graph -----------------------------------------------------------------------------
-def _conv(f: Freezer, node: Node) -> Value:
+def _conv(f: Freezer, node: Node) -> Formula:
     layer, g = f.layers[node.name], Geometry.from_dict(node.attrs["geometry"])
-    value = f.values[node.inputs[0]]
-    codes = f.requant(value, f"{node.name}.codes", layer.s_x, layer.zero, 0, f.macro.q_x)
-    codes, image = _to_image(f, codes, g, value.shape)
+    codes, image = _to_image(f, _codes(f, node), g)
     bound = Plan.make(node.name, g, f.macro).acc_bound
     out = (g.columns, *g.out_size(*image[1:]))
     attrs = {"layer": node.name, "geometry": g.to_dict(), "pad": layer.zero, "adc": layer.adc}
     acc = f.emit("reads", node.name, (codes,), out, -bound, bound, attrs, {"weight": layer.weight, **layer.consts})
     scale = layer.s_x * layer.s_w
-    terms = [(acc, per_channel(scale * layer.unit, 3))]
     f.scales[acc] = (scale * layer.unit).tolist()
+    terms = [Term(_from_image(f, node, acc), _by_column(scale * layer.unit, node), (node.name, 0))]
     if f.macro.weight_offset:
-        terms.append((_input_sum(f, node, codes, g, layer.zero, out), per_channel(-scale * f.macro.weight_offset, 3)))
+        total = _from_image(f, node, _input_sum(f, node, codes, g, layer.zero, out))
+        terms.append(Term(total, _by_column(-scale * f.macro.weight_offset, node), (node.name, 1)))
     offset = layer.bias - scale * layer.zero * layer.weight.reshape(g.columns, -1).sum(1, dtype=np.int64)
-    return _from_image(f, node, Value(tuple(terms), per_channel(offset, 3), out))
+    return Formula(tuple(terms), _by_column(offset, node), node.shape)
+
+
+def _codes(f: Freezer, node: Node) -> Value:
+    """A layer's input on its code grid."""
+    value, grid = f.values[node.inputs[0]], f.code_grid(node)
+    if value.grid == grid:
+        return f.operand(node, 0)
+    name = f"{node.name}.codes"
+    return f.written(f.regrid(value, (node.name, 0), grid, name), name)
+
+
+def _by_column(array: np.ndarray, node: Node) -> np.ndarray:
+    """[O] or [1] for the shape of a layer's node: the columns of a linear layer come last."""
+    rank = len(node.shape)
+    return np.asarray(array).reshape(*(1,) * (rank - 1), -1) if node.attrs["geometry"]["kind"] == "linear" else per_channel(array, rank)
 
 
 def _input_sum(f: Freezer, node: Node, codes: str, g: Geometry, zero: int, out: tuple[int, ...]) -> str:
@@ -254,87 +338,92 @@ def _input_sum(f: Freezer, node: Node, codes: str, g: Geometry, zero: int, out: 
     return f.emit("xsum", f"{node.name}.xsum", (codes,), (columns, *out[1:]), 0, g.rows * f.macro.q_x, {"geometry": g.to_dict(), "pad": zero, "columns": columns})
 
 
-def _to_image(f: Freezer, codes: str, g: Geometry, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+def _to_image(f: Freezer, value: Value, g: Geometry) -> tuple[str, tuple[int, ...]]:
     """The codes as [C, H, W], as model.network.to_image does."""
-    spec = f.tensors[codes]
+    codes, shape = value.tensor, value.shape
     if g.kind == "conv1d":
         image = (shape[0], 1, shape[1])
     elif g.kind == "linear":
-        if len(shape) > 1:
-            axes = [len(shape) - 1, *range(len(shape) - 1)]
-            codes = f.emit("permute", f"{codes}.permute", (codes,), tuple(shape[a] for a in axes), spec.lo, spec.hi, {"axes": axes})
+        codes = _permuted(f, codes, [len(shape) - 1, *range(len(shape) - 1)])
         image = (shape[-1], prod(shape[:-1]), 1)
     else:
         return codes, shape
-    return f.emit("reshape", f"{codes}.image", (codes,), image, spec.lo, spec.hi, {"shape": list(image)}), image
+    return _reshaped(f, codes, image, "image"), image
 
 
-def _from_image(f: Freezer, node: Node, value: Value) -> Value:
-    """The way back to the node's own shape."""
-    if node.shape == value.shape:
-        return value
-    if not value.single:
-        value = f.settle(value, node.name)
-    if node.attrs["geometry"]["kind"] == "linear" and value.shape[1] > 1:
-        value = _permuted(f, f"{node.name}.permute", value, [1, 2, 0])
-    return _reshaped(f, f"{node.name}.reshape", value, node.shape)
+def _from_image(f: Freezer, node: Node, tensor: str) -> str:
+    """The way back to the node's own shape, for a tensor of as many columns as the node or one."""
+    shape = f.tensors[tensor].shape
+    if node.attrs["geometry"]["kind"] == "linear":
+        return _reshaped(f, _permuted(f, tensor, [1, 2, 0]), (*node.shape[:-1], shape[0]), "reshape")
+    return _reshaped(f, tensor, (shape[0], *node.shape[1:]), "reshape")
 
 
-def _reshaped(f: Freezer, name: str, value: Value, shape: tuple[int, ...]) -> Value:
-    spec = f.tensors[value.terms[0][0]]
-    tensor = f.emit("reshape", name, (spec.name,), shape, spec.lo, spec.hi, {"shape": list(shape)})
-    return value.map_arrays(lambda a: a.reshape(shape), tuple(shape), tensor)
+def _permuted(f: Freezer, tensor: str, axes: list[int]) -> str:
+    """The tensor with its axes in another order; as it is where only one of them is longer than 1, for a reshape follows."""
+    spec = f.tensors[tensor]
+    if max(spec.shape) == prod(spec.shape):
+        return tensor
+    return f.emit("permute", f"{tensor}.permute", (tensor,), tuple(spec.shape[a] for a in axes), spec.lo, spec.hi, {"axes": axes})
 
 
-def _permuted(f: Freezer, name: str, value: Value, axes: list[int]) -> Value:
-    spec = f.tensors[value.terms[0][0]]
-    shape = tuple(value.shape[a] for a in axes)
-    tensor = f.emit("permute", name, (spec.name,), shape, spec.lo, spec.hi, {"axes": list(axes)})
-    return value.map_arrays(lambda a: a.transpose(axes), shape, tensor)
+def _reshaped(f: Freezer, tensor: str, shape: tuple[int, ...], suffix: str) -> str:
+    spec = f.tensors[tensor]
+    return tensor if spec.shape == shape else f.emit("reshape", f"{tensor}.{suffix}", (tensor,), shape, spec.lo, spec.hi, {"shape": list(shape)})
 
 
-def _scaled(f: Freezer, name: str, mult: np.ndarray, add: np.ndarray) -> Value:
-    value = f.having(name, lambda v: v.open)
-    return replace(value, terms=tuple((t, a * mult) for t, a in value.terms), offset=value.offset * mult + add)
+def _affine(f: Freezer, node: Node, mult: np.ndarray, add: np.ndarray) -> Formula:
+    made = f.values[node.inputs[0]]
+    if isinstance(made, Formula):
+        return made.affine(mult, add)
+    value = f.narrowed(node, FACTOR_PEAK)
+    return Formula((Term(value.tensor, value.grid.scale * mult, (node.name, 0), value.grid.scale),), np.asarray(add), node.shape)
 
 
-def _batch_norm(f: Freezer, node: Node) -> Value:
+def _batch_norm(f: Freezer, node: Node) -> Formula:
     norm, rank = f.norms[node.name], len(node.shape)
-    return _scaled(f, node.inputs[0], per_channel(norm.mult, rank), per_channel(norm.add, rank))
+    return _affine(f, node, per_channel(norm.mult, rank), per_channel(norm.add, rank))
 
 
-def _clamped(lo: float, hi: float) -> Callable[[Value], Value]:
-    return lambda v: replace(v, lo=min(max(v.lo, lo), hi), hi=max(min(v.hi, hi), lo))
+def _scalars(node: Node) -> tuple[np.ndarray, np.ndarray]:
+    """mult and add of an affine node, as arrays that broadcast to it."""
+    return tuple(per_channel(node.attrs[role], len(node.shape)) for role in ("mult", "add"))
 
 
-def _add(f: Freezer, node: Node) -> Value:
-    values = [f.having(name, lambda v: v.open) for name in node.inputs]
-    while sum(len(v.terms) for v in values) > MAX_TERMS:
-        longest = max(range(len(values)), key=lambda n: len(values[n].terms))
-        values[longest] = f.settle(values[longest], node.inputs[longest])
-    signed = list(zip(node.attrs["signs"], values))
-    terms = tuple((t, s * a) for s, v in signed for t, a in v.terms)
-    return Value(terms, sum(s * v.offset for s, v in signed), node.shape)
+def _clamp(f: Freezer, node: Node) -> Value:
+    value = f.values[node.inputs[0]]
+    lo, hi = (value.grid.index(node.attrs[end]) for end in ("lo", "hi"))
+    f.numbers.bounds[node.name] = value.grid.real(lo), value.grid.real(hi)
+    return value.within(lo, hi)
 
 
-def _maxpool(f: Freezer, node: Node) -> Value:
-    value = f.having(node.inputs[0], lambda v: v.plain)
-    spec = f.tensors[value.terms[0][0]]
-    tensor = f.emit("maxpool", node.name, (spec.name,), node.shape, spec.lo, spec.hi, dict(node.attrs))
-    return replace(value, terms=((tensor, value.terms[0][1]),), shape=node.shape)
+def _relu(f: Freezer, node: Node) -> Value:
+    value = f.values[node.inputs[0]]
+    return value.within(value.grid.zero, value.grid.hi)
 
 
-def _avgpool(f: Freezer, node: Node) -> Value:
+def _add(f: Freezer, node: Node) -> Formula:
+    parts = [f.values[name] for name in node.inputs]
+    while sum(len(p.terms) if isinstance(p, Formula) else 1 for p in parts) > MAX_TERMS and any(isinstance(p, Formula) for p in parts):
+        longest = max(range(len(parts)), key=lambda n: len(parts[n].terms) if isinstance(parts[n], Formula) else 0)
+        f.values[node.inputs[longest]] = parts[longest] = f.settle(parts[longest], node.inputs[longest])
+    formulas = [p if isinstance(p, Formula) else _as_formula(f.operand(node, n), (node.name, n)) for n, p in enumerate(parts)]
+    signed = [p.affine(np.float64(sign), np.float64(0)) for sign, p in zip(node.attrs["signs"], formulas)]
+    return Formula(tuple(t for p in signed for t in p.terms), sum(p.offset for p in signed), node.shape)
+
+
+def _as_formula(value: Value, place: Place) -> Formula:
+    rank = (1,) * len(value.shape)
+    return Formula((Term(value.tensor, np.full(rank, value.grid.scale), place, value.grid.scale),), np.zeros(rank), value.shape)
+
+
+def _avgpool(f: Freezer, node: Node) -> Formula:
     a, area = node.attrs, prod(node.attrs["kernel"])
-    pads = [[p, p] for p in a["padding"]]
-    divides = area & (area - 1) == 0 and (a["include_pad"] or not any(a["padding"]))
-    reach = max(1, (GRID_PEAK if divides else ODD_SUM_PEAK) // area)
-    value = f.settle(f.values[node.inputs[0]], node.inputs[0], reach=reach)
-    spec = f.tensors[value.terms[0][0]]
-    attrs = {"kernel": a["kernel"], "stride": a["stride"], "padding": pads}
+    value = f.narrowed(node, max(1, SUM_PEAK // area))
+    spec, attrs = f.tensors[value.tensor], {"kernel": a["kernel"], "stride": a["stride"], "padding": [[p, p] for p in a["padding"]]}
     tensor = f.emit("sumpool", node.name, (spec.name,), node.shape, min(0, spec.lo) * area, max(0, spec.hi) * area, attrs)
     count = np.full((1, 1, 1), area) if a["include_pad"] else _covered(value.shape[1:], attrs)
-    return replace(value, terms=((tensor, value.terms[0][1] / count),), shape=node.shape)
+    return Formula((Term(tensor, value.grid.scale / count, (node.name, 0), value.grid.scale),), np.zeros((1, 1, 1)), node.shape)
 
 
 def _covered(size: tuple[int, ...], attrs: dict[str, Any]) -> np.ndarray:
@@ -345,41 +434,35 @@ def _covered(size: tuple[int, ...], attrs: dict[str, Any]) -> np.ndarray:
 
 
 def _concat(f: Freezer, node: Node) -> Value:
-    scale = max(f.grid_scale(f.values[name], name) for name in node.inputs)
-    values = [f.settle(f.values[name], name, scale) for name in node.inputs]
-    tensor = f.emit("concat", node.name, tuple(v.terms[0][0] for v in values), node.shape, -GRID_PEAK, GRID_PEAK, {"axis": node.attrs["axis"]})
-    return _grid(tensor, scale, node.shape)
+    grid = Grid(max(f.values[name].grid.scale for name in node.inputs), 0, -GRID_PEAK, GRID_PEAK)
+    parts = [_joined(f, node, n, grid) for n in range(len(node.inputs))]
+    lo, hi = min(p.lo for p in parts), max(p.hi for p in parts)
+    tensor = f.emit("concat", node.name, tuple(p.tensor for p in parts), node.shape, lo, hi, {"axis": node.attrs["axis"]})
+    return Value(grid, lo, hi, node.shape, tensor)
 
 
-def _pad(f: Freezer, node: Node) -> Value:
-    value = f.having(node.inputs[0], lambda v: v.plain)
-    spec = f.tensors[value.terms[0][0]]
-    tensor = f.emit("pad", node.name, (spec.name,), node.shape, min(0, spec.lo), max(0, spec.hi), {"pads": [list(p) for p in node.attrs["pads"]]})
-    return replace(value, terms=((tensor, value.terms[0][1]),), shape=node.shape)
+def _joined(f: Freezer, node: Node, n: int, grid: Grid) -> Value:
+    """The n-th part of a join on the grid of all."""
+    name = node.inputs[n]
+    if f.values[name].grid.scale == grid.scale:
+        return f.operand(node, n)
+    return f.written(f.regrid(f.values[name], (node.name, n), grid, f"{name}.grid"), name)
 
 
-def _slice(f: Freezer, node: Node) -> Value:
-    value, a = f.single(node.inputs[0]), node.attrs
-    spec = f.tensors[value.terms[0][0]]
-    tensor = f.emit("slice", node.name, (spec.name,), node.shape, spec.lo, spec.hi, dict(a))
-    cut = (slice(None),) * a["axis"] + (slice(a["start"], a["stop"], a["step"]),)
-    return value.map_arrays(lambda array: array[cut], node.shape, tensor)
-
-
-LOWER: dict[str, Callable[[Freezer, Node], Value]] = {
+LOWER: dict[str, Callable[[Freezer, Node], Value | Formula]] = {
     "conv": _conv,
     "batch_norm": _batch_norm,
-    "relu": lambda f, n: _clamped(0.0, inf)(f.values[n.inputs[0]]),
-    "clamp": lambda f, n: _clamped(n.attrs["lo"], n.attrs["hi"])(f.values[n.inputs[0]]),
-    "affine": lambda f, n: _scaled(f, n.inputs[0], np.float64(n.attrs["mult"]), np.float64(n.attrs["add"])),
+    "relu": _relu,
+    "clamp": _clamp,
+    "affine": lambda f, n: _affine(f, n, *_scalars(n)),
     "add": _add,
-    "maxpool": _maxpool,
+    "maxpool": lambda f, n: f.moved("maxpool", n, dict(n.attrs)),
     "avgpool": _avgpool,
-    "reshape": lambda f, n: _reshaped(f, n.name, f.single(n.inputs[0]), tuple(n.attrs["shape"])),
-    "permute": lambda f, n: _permuted(f, n.name, f.single(n.inputs[0]), n.attrs["axes"]),
+    "reshape": lambda f, n: f.moved("reshape", n, {"shape": list(n.attrs["shape"])}),
+    "permute": lambda f, n: f.moved("permute", n, {"axes": list(n.attrs["axes"])}),
     "concat": _concat,
-    "pad": _pad,
-    "slice": _slice,
+    "pad": lambda f, n: f.moved("pad", n, {"pads": [list(p) for p in n.attrs["pads"]]}),
+    "slice": lambda f, n: f.moved("slice", n, dict(n.attrs)),
     "dropout": lambda f, n: f.values[n.inputs[0]],
     "tail": lambda f, n: f.values[n.inputs[0]],
 }

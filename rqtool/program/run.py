@@ -17,6 +17,7 @@ from rqtool.kernels import choose
 from rqtool.kernels.spec import ReadSpec, free_level_spec, make_spec
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import extract
+from rqtool.model.network import flat_pads
 from rqtool.program.ir import Op, Program
 
 DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "float32": torch.float32}
@@ -110,19 +111,15 @@ def _requant(op: Op, consts: dict, *xs: torch.Tensor) -> torch.Tensor:
     return choose.requant(xs, [consts[f"mult{n}"] for n in range(len(xs))], consts["add"], op.attrs["shift"], op.attrs["lo"], op.attrs["hi"], dtype)
 
 
-def _pads(pads: list) -> list[int]:
-    return [n for pair in reversed(pads) for n in pair]
-
-
 def _maxpool(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
     a = op.attrs
-    x = F.pad(x.double(), _pads(a["padding"]), value=float("-inf"))
+    x = F.pad(x.double(), flat_pads(a["padding"]), value=float("-inf"))
     return F.max_pool2d(x, tuple(a["kernel"]), tuple(a["stride"]), 0, tuple(a["dilation"])).int()
 
 
 def _sumpool(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
     a = op.attrs
-    return F.avg_pool2d(F.pad(x.double(), _pads(a["padding"])), tuple(a["kernel"]), tuple(a["stride"]), divisor_override=1).int()
+    return F.avg_pool2d(F.pad(x.double(), flat_pads(a["padding"])), tuple(a["kernel"]), tuple(a["stride"]), divisor_override=1).int()
 
 
 def _slice(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
@@ -138,7 +135,7 @@ RULES: dict[str, Callable[..., torch.Tensor]] = {
     "reshape": lambda op, consts, x: x.reshape(x.shape[0], *op.attrs["shape"]),
     "permute": lambda op, consts, x: x.permute(0, *(a + 1 for a in op.attrs["axes"])),
     "concat": lambda op, consts, *xs: torch.cat(xs, op.attrs["axis"] + 1),
-    "pad": lambda op, consts, x: F.pad(x, _pads(op.attrs["pads"])),
+    "pad": lambda op, consts, x: F.pad(x, flat_pads(op.attrs["pads"])),
     "slice": _slice,
 }
 

@@ -48,7 +48,7 @@ def _closing(data: Data) -> list[tuple[str, str]]:
         ("reads per MAC", number(data["metrics"]["reads_per_mac"])),
         ("trained", f"{epochs} epoch{'s' * (epochs != 1)} on {data['train_images']} images, seed {data['recipe']['seed']}"),
         ("chosen", f"{data['chosen']}, by {data['held_out_images']} held-out images"),
-        ("agreement", f"integer program and training name the same class on {number(data['metrics']['agreement'])} % of the images"),
+        ("agreement", f"integer program and network in floating point name the same class on {number(data['metrics']['agreement'])} % of the images"),
         ("file", data["out"] or "not saved"),
         ("seconds", number(data["seconds"])),
     ]

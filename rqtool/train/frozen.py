@@ -12,6 +12,7 @@ from rqtool.hardware.macro import Macro
 from rqtool.model.network import Network
 from rqtool.program.freeze import Freezer, Frozen, Norm
 from rqtool.program.ir import Program
+from rqtool.program.numbers import Numbers
 from rqtool.train.layers import ReadLayer, level_units
 from rqtool.train.rewrite import read_layers
 
@@ -61,9 +62,14 @@ def peaks_of(network: Network, batches: Iterable[torch.Tensor]) -> dict[str, flo
     return peaks
 
 
-def freeze(network: Network, macro: Macro, peaks: dict[str, float], pixels: Norm, whole: bool) -> Program:
-    """The integer program of a network. peaks: as from `peaks_of` on calibration images, for the ranges of the grids;
-    pixels: real = pixel * mult + add; whole: pixels are uint8, not float32."""
+def lower(network: Network, macro: Macro, peaks: dict[str, float], pixels: Norm, whole: bool) -> tuple[Program, Numbers]:
+    """The integer program of a network, and the numbers with which train/served.py computes the same. peaks: as from `peaks_of` on
+    calibration images, for the ranges of the grids; pixels: real = pixel * mult + add; whole: pixels are uint8, not float32."""
     layers = {name: frozen_layer(layer) for name, layer in read_layers(network).items()}
     norms = {n.name: norm_of(network.layer(n.name)) for n in network.graph.nodes if n.op == "batch_norm"}
     return Freezer(network.graph, macro, layers, norms, peaks).run(pixels, whole)
+
+
+def freeze(network: Network, macro: Macro, peaks: dict[str, float], pixels: Norm, whole: bool) -> Program:
+    """The integer program alone; arguments as in `lower`."""
+    return lower(network, macro, peaks, pixels, whole)[0]

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from rqtool.errors import CheckError, escaped
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
+from rqtool.kernels.choose import FLOAT32_WHOLE
 from rqtool.kernels.spec import ReadSpec, Tables, free_level_spec, make_spec, over_reads
 from rqtool.mapping.plan import FREE_LEVEL_PEAK, Plan
 from rqtool.train.quantizers import InputQuantizer, WeightQuantizer
@@ -132,12 +133,29 @@ class ReadLayer(nn.Module):
         plan = self.plan
         if not torch.isfinite(codes.detach().sum() + weight.detach().sum()):  # a kernel would look such a partial sum up beyond its tables
             raise CheckError(f"{escaped(plan.name)}: its inputs or weights are not finite numbers, so a read has no code for them; lower --lr, or check the model's weights and the images")
-        y, parts = 0, split_planes(weight, plan.weight_planes)
-        call = self._free_call() if plan.macro.levels == "free" else self._uniform_call()
+        y = self.over_planes(codes, weight, self._free_call() if plan.macro.levels == "free" else self._uniform_call())
+        return y - plan.macro.weight_offset * self.input_sum(codes) if plan.macro.weight_offset else y
+
+    def over_planes(self, codes: torch.Tensor, weight: torch.Tensor, call: Callable) -> torch.Tensor:
+        """The sum over planes of what call(input plane, weight plane, number of the pair) gives."""
+        y, plan = 0, self.plan
+        parts = split_planes(weight, plan.weight_planes)
         for i, (a, x) in enumerate(zip(plan.input_planes, split_planes(codes, plan.input_planes))):
             for j, (b, w) in enumerate(zip(plan.weight_planes, parts)):
                 y = y + a.factor * b.factor * call(x, w, i * len(parts) + j)
-        return y - plan.macro.weight_offset * self.input_sum(codes) if plan.macro.weight_offset else y
+        return y
+
+    def accumulators(self, codes: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+        """The whole numbers behind `read` without noise, float64 [N, O, H_out, W_out]: the sum of the reads, and for weights with
+        an offset the input sum. codes: padded [N, C, H, W]."""
+        macro, codes, weight = self.plan.macro, codes.double(), weight.double()
+        total = self.input_sum(codes) if macro.weight_offset else None
+        if macro.ideal:
+            acc = self.exact(codes, weight) + (macro.weight_offset * total if macro.weight_offset else 0)
+        else:
+            exact = torch.float32 if self.plan.acc_bound < FLOAT32_WHOLE else torch.float64
+            acc = self.over_planes(codes.to(exact), weight.to(exact), self._whole_call()).double()
+        return [acc] if total is None else [acc, total.expand_as(acc)]
 
     def input_sum(self, codes: torch.Tensor) -> torch.Tensor:
         """The sum of the codes under the kernel, for every column of a group: exact, digital."""
@@ -157,6 +175,15 @@ class ReadLayer(nn.Module):
 
     def _free_call(self) -> Callable:
         spec = unpadded(free_spec(self.plan, self.thresholds, self.levels))
+        return lambda x, w, pair: table_reads(x, w, spec)
+
+    def _whole_call(self) -> Callable:
+        """Hard reads in units of the accumulator."""
+        if self.plan.macro.levels == "free":
+            spec = unpadded(free_level_spec(self.plan, self.thresholds.numpy(), self.levels.numpy()))
+        else:
+            numbers = self.adc()
+            spec = unpadded(make_spec(self.plan, *(t.numpy() for t in (numbers.mult, numbers.zero, numbers.gain))))
         return lambda x, w, pair: table_reads(x, w, spec)
 
 

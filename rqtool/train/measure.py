@@ -1,4 +1,4 @@
-"""What is measured of a network: top-1 of its integer program, agreement with training's arithmetic, and how its ADCs are used."""
+"""What is measured of a network: top-1 of its integer program, that of the network in floating point, and how its ADCs are used."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from rqtool.model.data import Images
 from rqtool.model.network import Network
 from rqtool.program.ir import Program
 from rqtool.program.run import Runner
-from rqtool.train.finetune import EVAL_BATCH, Feed, fitting, fitting_network
+from rqtool.train.finetune import EVAL_BATCH, HELD_VALUES, fitting, fitting_network
 from rqtool.train.histogram import partial_sum_histogram
 from rqtool.train.layers import ReadLayer, group_shape, level_units
 from rqtool.train.rewrite import read_layers
+from rqtool.train.served import Served
 
 
 def predictions(program: Program, images: Images, done: Callable[[int], None] = lambda n: None) -> np.ndarray:
@@ -30,11 +31,11 @@ def predictions(program: Program, images: Images, done: Callable[[int], None] = 
     return np.concatenate(parts)
 
 
-@torch.no_grad()
-def real_predictions(network: Network, feed: Feed) -> np.ndarray:
-    """The same by the network itself, in the float arithmetic that training uses."""
-    network.eval()
-    return np.concatenate([network(x).argmax(1).numpy() for x in feed.batches(fitting_network(network, EVAL_BATCH))])
+def real_predictions(served: Served, images: Images) -> np.ndarray:
+    """The same by the network itself, node by node in floating point."""
+    size = fitting_network(served, EVAL_BATCH, HELD_VALUES // 2)  # open sums are float64
+    parts = (torch.from_numpy(np.ascontiguousarray(images.x[at : at + size])) for at in range(0, len(images), size))
+    return np.concatenate([served(x).argmax(1).numpy() for x in parts])
 
 
 def percent(hits: np.ndarray) -> float:
