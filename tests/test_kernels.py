@@ -15,7 +15,7 @@ from programs import CASES, images, layer_program
 from rqtool.errors import ConfigError
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
-from rqtool.kernels import choose, cpu, reference
+from rqtool.kernels import choose, cpu, reference, threads
 from rqtool.kernels.spec import Noise, ReadSpec, Tables, free_level_spec, make_spec
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import extract
@@ -466,3 +466,61 @@ def test_an_image_of_one_position_and_columns_that_fill_no_strip():
     spec = make_spec(plan, np.array([[32767]]), np.array([[8]]), np.ones((1, 1)))
     x, w = np.arange(5, dtype=np.float32).reshape(1, 5, 1, 1) % 2, np.array([[1, -1, 1, -1, 1], [0, 1, 0, 1, 0], [0, -1, 0, -1, 0]])
     assert cpu.forward(x, w, spec, 2).ravel().tolist() == [-2, 2, -2]
+
+
+# -- free levels, requantisation, threads, compiled code ------------------------------------------------------------------
+@settings(max_examples=60)
+@given(seed=st.integers(0, 1 << 32), bits=st.integers(1, 5))
+def test_free_levels_in_16_bits_are_the_table(seed, bits):
+    """Any ascending thresholds, also equal ones and ones that no partial sum reaches; every partial sum there is."""
+    rng, macro = np.random.default_rng(seed), Macro(levels="free", adc_bits=bits, wl=int(np.random.default_rng(seed).integers(1, 60)))
+    plan = Plan.make("layer", Geometry(2, 3), macro)
+    spec = free_level_spec(plan, np.sort(rng.integers(macro.p_min - 5, macro.p_max + 6, macro.top)), np.sort(rng.integers(-32767, 32768, macro.top + 1)))
+    found = cpu.every_level(np.arange(macro.p_min, macro.p_max + 1), spec.tables)
+    assert len(found) == cpu.DOT8
+    assert all(np.array_equal(levels, spec.tables.value[0]) for levels in found)
+
+
+def test_free_levels_with_more_steps_than_registers_hold_stay_tables():
+    plan = Plan.make("layer", Geometry(2, 3), Macro(levels="free", adc_bits=6))
+    assert cpu.levels16(free_level_spec(plan, np.arange(-31, 32), np.arange(64)).tables) is None
+    halves = free_level_spec(plan, np.arange(-31, 32), np.zeros(64, int)).tables
+    assert cpu.levels16(replace(halves, value=halves.value + np.float32(0.5))) is None
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 1 << 32))
+def test_requantisation_equals_the_torch_form(seed):
+    rng = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in rng.integers(1, 9, rng.integers(1, 4)))
+    count, (lo, hi, dtype) = int(rng.integers(1, 4)), pick(rng, (0, 15, torch.uint8), (-1000, 900, torch.int32))
+    const = lambda: torch.from_numpy(rng.integers(-500, 500, tuple(pick(rng, 1, n) for n in shape)).astype(np.int32))  # noqa: E731
+    xs = [torch.from_numpy(rng.integers(-5000, 5000, (3, *(pick(rng, n, n, 1) if n_x else n for n in shape))).astype(np.int32)) for n_x in range(count)]
+    xs[0] = pick(rng, xs[0], (xs[0] & 255).to(torch.uint8))
+    mults, add, shift = [const() for _ in xs], const() * 100, int(rng.integers(0, 12))
+    expected = ((sum(x.int() * m for x, m in zip(xs, mults)) + add) >> shift).clamp(lo, hi).to(dtype)
+    got = choose.requant(tuple(xs), mults, add, shift, lo, hi, dtype)
+    assert got.dtype == dtype and torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("pool", ["openmp", "own threads"])
+def test_chunks_come_back_in_order_and_errors_come_through(pool, monkeypatch):
+    if pool == "own threads":
+        monkeypatch.setattr(threads, "openmp", lambda: None)
+    elif threads.openmp() is None:
+        pytest.skip("torch brings no GNU OpenMP here")
+    assert threads.each(lambda n: n * n, list(range(20)), 2) == [n * n for n in range(20)]
+
+    def fails(n):
+        if n == 7:
+            raise ValueError("seven")
+        return n
+
+    with pytest.raises(ValueError, match="^seven$"):
+        threads.each(fails, list(range(20)), 2)
+
+
+def test_compiled_code_is_made_anew_when_any_emitter_changes():
+    stamps = {kernel._cache._cache_file._source_stamp for kernel in (cpu._forward, cpu._forward16, cpu._backward, cpu._convert, cpu._requant)}
+    assert stamps == {tuple(n for path in cpu.EMITTERS for n in (path.stat().st_mtime, path.stat().st_size))}
+    assert {path.name for path in cpu.EMITTERS} == {"cpu.py", "strips.py", "vector.py"}
