@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rqtool.hardware.macro import Macro
+from rqtool.kernels import choose
 from rqtool.report import results
 from rqtool.report.doctor import doctor
 from rqtool.report.text import number, pairs, paragraphs, table
@@ -102,16 +104,19 @@ def test_numbers_and_paragraphs():
 
 
 def test_the_doctor_without_numba(monkeypatch):
-    monkeypatch.setattr("rqtool.kernels.choose.numba_available", lambda: False)
+    monkeypatch.setattr("rqtool.kernels.choose.find_spec", lambda name: None)
     found = doctor()
     assert (found["carrier"], found["reason"], found["cache"]) == ("chunked (torch)", "numba is not installed", None)
 
 
 def test_the_doctor_where_numba_fails_or_differs(monkeypatch):
-    def fails(*args: object) -> bool:
+    def fails(*args: object) -> None:
         raise RuntimeError("no locator available\nmore")
 
-    monkeypatch.setattr("rqtool.program.run.certified", fails)
-    assert (doctor()["carrier"], doctor()["reason"]) == ("none", "numba cannot compile here (RuntimeError: no locator available)")
+    with monkeypatch.context() as patch:
+        patch.setattr("rqtool.kernels.cpu.codes", fails)
+        patch.setattr("rqtool.kernels.choose._compile_failure", choose._compile_failure.__wrapped__)
+        assert (doctor()["carrier"], doctor()["reason"]) == ("chunked (torch)", "numba cannot compile here (RuntimeError: no locator available)")
+        assert choose.for_training(torch.zeros(1), None) is choose.Chunked
     monkeypatch.setattr("rqtool.program.run.certified", lambda *args: False)
     assert (doctor()["carrier"], doctor()["reason"]) == ("chunked (torch)", "a code of the compiled converter differs from the definition")

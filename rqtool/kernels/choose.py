@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from importlib.util import find_spec
 
 import numpy as np
@@ -50,8 +51,25 @@ def _array(x: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(x.detach().numpy())
 
 
+def numba_failure() -> str | None:
+    """Why the fused kernels cannot run here, None where they can."""
+    return "numba is not installed" if find_spec("numba") is None else _compile_failure()
+
+
+@lru_cache(maxsize=1)
+def _compile_failure() -> str | None:
+    """What numba or LLVM say to the smallest kernel."""
+    try:
+        from rqtool.kernels import cpu
+
+        cpu.codes(np.zeros(1), 1.0, 0.0, 1.0)
+    except Exception as e:  # whatever they meet on this machine
+        return f"numba cannot compile here ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no reason given'})"
+    return None
+
+
 def numba_available() -> bool:
-    return find_spec("numba") is not None
+    return numba_failure() is None
 
 
 def for_training(x: torch.Tensor, spec: ReadSpec) -> type[Fused] | type[Chunked]:

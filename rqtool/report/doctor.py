@@ -53,16 +53,15 @@ def _carrier() -> tuple[str, str, str | None]:
     from rqtool.mapping.plan import Geometry, Plan
     from rqtool.program.run import certified
 
-    if not choose.numba_available():
-        return choose.Chunked.name, "numba is not installed", None
-    plan, one = Plan.make("default", Geometry(1, 1), Macro()), np.ones((1, 1), np.int64)
-    try:
-        equal = certified(plan, one * ((1 << plan.macro.shift) - 1), one * plan.macro.zero)
-    except Exception as e:  # whatever numba or llvm meets on this machine is the answer
-        return "none", f"numba cannot compile here ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no reason given'})", None
+    failure = choose.numba_failure()
+    if failure is not None:
+        return choose.Chunked.name, failure, None
     from rqtool.kernels import cpu
 
-    if not equal:
+    plan, one = Plan.make("default", Geometry(1, 1), Macro()), np.ones((1, 1), np.int64)
+    if not certified(plan, one * ((1 << plan.macro.shift) - 1), one * plan.macro.zero):
         return choose.Chunked.name, "a code of the compiled converter differs from the definition", None
     tried = plan.macro.p_max - plan.macro.p_min + 1
-    return choose.Fused.name, f"numba compiles here, and all {tried} partial sums of the default macro get the right code", str(cpu._convert.stats.cache_path)
+    sums = "8-bit dot products" if cpu.DOT8 else "float32 sums, for this processor has no 8-bit dot products on 512-bit vectors"
+    reason = f"numba compiles here, with {sums}, and all {tried} partial sums of the default macro get the right code"
+    return choose.Fused.name, reason, str(cpu._convert.stats.cache_path)
