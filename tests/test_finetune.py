@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -22,13 +21,7 @@ from rqtool.train.calibrate import calibrate
 from rqtool.train.finetune import Candidate, Feed, Recipe, consider, consider_norms, finetune, fitting, optimizer, rate, steps_per_epoch, temperature, top1
 from rqtool.train.rewrite import read_layers, rewrite
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The network is so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 MULT, ADD = np.array([1 / 255]), np.array([-0.5])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,14 +22,7 @@ from rqtool.program import golden, run
 from rqtool.program.ir import Op, Program, Tensor
 from rqtool.train.relax import Relaxation, slope_tables
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The layers are so small that a second thread only waits; tests of threads name their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- random layers: shapes wider than those of programs.py ---------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -23,13 +22,7 @@ from rqtool.train.layers import ReadLayer, adc_numbers
 from rqtool.train.reads import pad_codes, split_planes
 from rqtool.train.relax import Relaxation
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Every way to cut weights and inputs, with partial sums that 8 bits hold at step 1.
