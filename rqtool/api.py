@@ -47,17 +47,16 @@ from rqtool.program.freeze import Norm
 from rqtool.program.ir import ATTRIBUTES, Program
 from rqtool.program.run import Runner, certified
 from rqtool.storage import check_writable, write_atomic
-from rqtool.train.calibrate import calibrate
-from rqtool.train.finetune import Candidate, Feed, Recipe, consider_norms, finetune, fitting_network, steps_per_epoch, top1
+from rqtool.train.finetune import Feed, Recipe, fitting_network, top1
 from rqtool.train.frozen import freeze, peaks_of
 from rqtool.train.measure import layer_table, percent, predictions, real_predictions
-from rqtool.train.rewrite import plans, read_layers, rewrite
+from rqtool.train.rewrite import plans
+from rqtool.train.stages import TWIN, Job, Stages
 
 HELD_OUT_PEAK = 5000
 DEMO_EPOCHS = 6  # its 3,600 training images are few steps each
 TABLE_IMAGES = 128  # images behind clip rates
 PEAK_IMAGES, PEAK_BATCH = 512, 128  # images behind the ranges of grids
-CALIBRATION_VALUES = 1 << 28  # calibration is one pass over all its images, so it may hold more at once than a batch
 
 
 class Silent:
@@ -75,7 +74,7 @@ class Quantized:
 
     float: the model as it came. ptq: calibrated, not trained. tuned: after `recipe.epochs` epochs, the integer program that was
     saved. ideal: the twin with an ideal ADC, trained equally long. agreement: percent of images on which the integer program and
-    the float arithmetic of training name the same class.
+    the float arithmetic of training name the same class. roll_backs: epochs that diverged and were done again, each at half the rate.
     """
 
     out: str | None
@@ -91,6 +90,7 @@ class Quantized:
     train_images: int
     held_out_images: int
     chosen: str
+    roll_backs: int
     layers: list[dict[str, Any]]
     seconds: float
     islands: tuple[str, ...] = ()
@@ -110,7 +110,8 @@ class Quantized:
         return {
             "command": "quantize", "out": self.out, "macro": self.macro.to_dict(), "recipe": self.recipe.to_dict(), "metrics": metrics,
             "measured_on": self.measured_on, "train_images": self.train_images, "held_out_images": self.held_out_images, "chosen": self.chosen,
-            "fully_integer": not self.islands, "islands": list(self.islands), "layers_off_macro": [], "layers": self.layers, "seconds": self.seconds,
+            "roll_backs": self.roll_backs, "fully_integer": not self.islands, "islands": list(self.islands), "layers_off_macro": [],
+            "layers": self.layers, "seconds": self.seconds,
         }  # fmt: skip
 
 
@@ -167,21 +168,6 @@ class Planned:
 
 
 # -- quantize --------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Job:
-    """The inputs of one quantization, read and checked. pixels: real = pixel * mult + add; whole: pixels are uint8."""
-
-    network: Network
-    train: Feed
-    held: Feed
-    test: Feed
-    measured_on: str
-    preprocess: Preprocess
-    pixels: Norm
-    whole: bool
-    classes: int
-
-
 def quantize(
     model: str | Path | nn.Module,
     data: str | Data,
@@ -208,17 +194,21 @@ def quantize(
         check_writable(out, force)
     job = prepare(model, data, arch, recipe, preprocess, input_shape, progress)
     plans(job.network.graph, macro)  # what the macro cannot hold is refused before any work
-    ready_kernels(progress, training=recipe.epochs > 0)
+    ready_kernels(progress, training=recipe.epochs + recipe.ideal_epochs > 0)
     with progress.stage("float model", 1) as done:
         float_top1 = top1(job.network, job.test)[0]
         done()
-    network, best, ptq_top1 = train_for(macro, job, recipe, progress, "")
+    stages = Stages(job, macro, recipe, progress)
+    network, best = stages.calibrated(macro, "calibration")
+    ptq_top1 = _measured(network, macro, job, progress, "post-training")[1]
+    network, run = stages.main(network, best)
     saved, tuned_top1, found = _measured(network, macro, job, progress, "integer program")
     real = real_predictions(network, job.test)
-    ideal_top1 = _twin(macro, job, recipe, progress, tuned_top1) if twin else None
+    ideal_top1 = _twin(stages, tuned_top1) if twin else None
     result = Quantized(
         None if out is None else str(out), macro, recipe, float_top1, ptq_top1, tuned_top1, ideal_top1, percent(found == real), len(job.test), job.measured_on,
-        len(job.train), len(job.held), best.name, layer_table(network, job.train.real(slice(fitting_network(network, TABLE_IMAGES)))), round(time.monotonic() - started, 1),
+        len(job.train), len(job.held), run.best.name, run.roll_backs, layer_table(network, job.train.real(slice(fitting_network(network, TABLE_IMAGES)))),
+        round(time.monotonic() - started, 1),
     )  # fmt: skip
     if out is not None:
         _checkpoint(network, saved, job, recipe, result).save(out, force)
@@ -277,6 +267,7 @@ def prepare(
         network, data = fit(load_model(model, arch), data, input_shape)
         done()
     _check_classes(network, data)
+    check_augment(network, recipe)
     if not isinstance(preprocess, Preprocess):
         preprocess = replace(Preprocess.of(data.train), **(preprocess or {}))
     mult, add = preprocess.affine(data.train.shape[0])
@@ -295,26 +286,16 @@ def _check_classes(network: Network, data: Data) -> None:
         raise InputError(f"{escaped(data.name)}: labels go up to {data.classes - 1}, but the model scores {scores[0]} classes; give the data set the model was trained for")
 
 
-def train_for(macro: Macro, job: Job, recipe: Recipe, progress: Any, prefix: str) -> tuple[Network, Candidate, float]:
-    """(the network for this macro, its chosen candidate, post-training top-1): rewritten, calibrated and fine-tuned."""
-    network = rewrite(job.network, macro)
-    with progress.stage(f"{prefix}calibration", len(read_layers(network))) as done:
-        calibrate(network, job.train.real(slice(fitting_network(network, recipe.calibration_images, CALIBRATION_VALUES))), done)
-    best = consider_norms("post-training", network, job.train, job.held, recipe, None)
-    network.load_state_dict(best.state)
-    ptq_top1 = _measured(network, macro, job, progress, f"{prefix}post-training")[1]
-    if recipe.epochs:
-        steps = recipe.epochs * steps_per_epoch(len(job.train), recipe)
-        with progress.stage(f"{prefix}fine-tuning", steps) as done:
-            best = finetune(network, job.train, job.held, recipe, best, lambda loss: done(1, f"loss {loss:.3f}"))
-    return network, best, ptq_top1
+def check_augment(network: Network, recipe: Recipe) -> None:
+    """Refuse to move what is no image."""
+    if recipe.augment != "none" and len(network.graph.input_shape) != 3:
+        raise ConfigError(f"--augment {recipe.augment} moves images, but the model takes shape {list(network.graph.input_shape)}; give --augment none")
 
 
-def _twin(macro: Macro, job: Job, recipe: Recipe, progress: Any, tuned_top1: float) -> float:
-    if macro.ideal:
+def _twin(stages: Stages, tuned_top1: float) -> float:
+    if stages.macro.ideal:
         return tuned_top1
-    network, _, _ = train_for(macro.with_ideal_adc(), job, recipe, progress, "ideal-ADC twin: ")
-    return _measured(network, macro.with_ideal_adc(), job, progress, "ideal-ADC twin")[1]
+    return _measured(stages.twin, stages.macro.with_ideal_adc(), stages.job, stages.progress, TWIN)[1]
 
 
 def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str) -> tuple[tuple[Program, dict[str, float]], float, np.ndarray]:

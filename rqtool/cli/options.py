@@ -79,6 +79,11 @@ MACRO = (
 )
 RECIPE = (
     Flag("epochs", "N", "Epochs of fine-tuning; 0 only calibrates (default 2).", values.whole),
+    Flag("ideal_epochs", "N", "Epochs with an ideal ADC before these (default 0).", partial(values.whole, low=0)),
+    Flag("teacher", "float|ideal|none", "Also learn the scores of the float network, or of the ideal-ADC twin (default none).", values.as_given),
+    Flag("distill_weight", "X", "The teacher's share of the loss (default 0.5).", values.number),
+    Flag("distill_temperature", "X", "Scores are divided by it before they are compared (default 2).", values.number),
+    Flag("augment", "KIND", "Move training images a little: none, shift or shift-flip (default none).", values.as_given),
     Flag("batch", "N", "Images in a step (default 64).", values.whole),
     Flag("lr", "X", "Peak learning rate (default 0.001).", values.number),
     Flag("weight_decay", "X", "Of weight matrices (default 0.0001).", values.number),
