@@ -1,6 +1,7 @@
 """The public functions: each command of the shell is one call of one of these.
 
     quantize      a trained float model -> a .rq file, and the closing figures
+    train_more    a .rq file -> another one, trained for more epochs
     evaluate      a .rq file -> top-1 of its integer program
     export_onnx   a .rq file -> an ONNX file, proved equal bit for bit
     plan          a model or .rq file -> tiles, reads, cycles; no data needed
@@ -47,11 +48,12 @@ from rqtool.program.freeze import Norm
 from rqtool.program.ir import ATTRIBUTES, Program
 from rqtool.program.run import Runner, certified
 from rqtool.storage import check_writable, write_atomic
-from rqtool.train.finetune import Feed, Recipe, fitting_network, top1
+from rqtool.train.finetune import Feed, Recipe, consider_norms, fitting_network, top1
 from rqtool.train.frozen import freeze, peaks_of
 from rqtool.train.measure import layer_table, percent, predictions, real_predictions
 from rqtool.train.rewrite import plans
-from rqtool.train.stages import TWIN, Job, Stages
+from rqtool.train.stages import MAIN, TWIN, Job, Stages
+from rqtool.train.state import about_job, kept_runs
 
 HELD_OUT_PEAK = 5000
 DEMO_EPOCHS = 6  # its 3,600 training images are few steps each
@@ -113,6 +115,35 @@ class Quantized:
             "roll_backs": self.roll_backs, "fully_integer": not self.islands, "islands": list(self.islands), "layers_off_macro": [],
             "layers": self.layers, "seconds": self.seconds,
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train_more` found: top-1 of the integer programs before and after, in percent of `images` images. recipe: of these epochs;
+    history: the recipes of all trainings before, oldest first. The rest is as in `Quantized`."""
+
+    source: str
+    out: str | None
+    macro: Macro
+    recipe: Recipe
+    history: list[Recipe]
+    before_top1: float
+    tuned_top1: float
+    agreement: float
+    images: int
+    measured_on: str
+    train_images: int
+    held_out_images: int
+    chosen: str
+    roll_backs: int
+    layers: list[dict[str, Any]]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        metrics = {name: getattr(self, name) for name in ("before_top1", "tuned_top1", "agreement", "images")}
+        about = {name: getattr(self, name) for name in ("measured_on", "train_images", "held_out_images", "chosen", "roll_backs", "layers", "seconds")}
+        recipes = {"recipe": self.recipe.to_dict(), "history": [recipe.to_dict() for recipe in self.history]}
+        return {"command": "train", "source": self.source, "out": self.out, "macro": self.macro.to_dict(), **recipes, "metrics": metrics, **about}
 
 
 @dataclass(frozen=True)
@@ -179,6 +210,7 @@ def quantize(
     preprocess: Preprocess | dict[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
     twin: bool = True,
+    state: str | Path | None = None,
     force: bool = False,
     progress: Any = None,
 ) -> Quantized:
@@ -187,7 +219,8 @@ def quantize(
     model: a file, a built-in name or a torch module (it is not changed). data: as `load_data` reads it; needs training images.
     input_shape: what one image is for the model, (C, H, W), (C, L) or (F,), where it is not what the data set says.
     preprocess: what a pixel is worth; a dictionary changes only those fields of the default for this data set.
-    twin: also train the ideal-ADC twin equally long, which shows what the ADC alone costs. Raises RqError's kinds.
+    twin: also train the ideal-ADC twin equally long, which shows what the ADC alone costs. state: a file that is replaced after every
+    epoch; where it exists, the same job goes on from it, to the same bits on the same number of threads. Raises RqError's kinds.
     """
     started, macro, recipe, progress = time.monotonic(), macro or Macro(), recipe or Recipe(), progress or Silent()
     if out is not None:
@@ -198,7 +231,7 @@ def quantize(
     with progress.stage("float model", 1) as done:
         float_top1 = top1(job.network, job.test)[0]
         done()
-    stages = Stages(job, macro, recipe, progress)
+    stages = Stages(job, macro, recipe, progress, kept_runs(state, about_job(job.network, macro, recipe, [job.train, job.held])))
     network, best = stages.calibrated(macro, "calibration")
     ptq_top1 = _measured(network, macro, job, progress, "post-training")[1]
     network, run = stages.main(network, best)
@@ -270,6 +303,11 @@ def prepare(
     check_augment(network, recipe)
     if not isinstance(preprocess, Preprocess):
         preprocess = replace(Preprocess.of(data.train), **(preprocess or {}))
+    return split(network, data, recipe, preprocess)
+
+
+def split(network: Network, data: Data, recipe: Recipe, preprocess: Preprocess) -> Job:
+    """The job, with the held-out images that the recipe's seed draws."""
     mult, add = preprocess.affine(data.train.shape[0])
     count = recipe.held_out or min(HELD_OUT_PEAK, max(1, len(data.train) // 10))
     rest, held = held_out(data.train, count, recipe.seed)
@@ -307,9 +345,81 @@ def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str
     return (program, peaks), percent(found == job.test.images.y), found
 
 
-def _checkpoint(network: Network, saved: tuple[Program, dict[str, float]], job: Job, recipe: Recipe, result: Quantized) -> Checkpoint:
+def _checkpoint(network: Network, saved: tuple[Program, dict[str, float]], job: Job, recipe: Recipe, result: Quantized | Trained) -> Checkpoint:
     program, peaks = saved
     return Checkpoint(result.macro, network, program, peaks, job.preprocess, job.classes, recipe.to_dict(), result.to_json())
+
+
+# -- train on --------------------------------------------------------------------------------------------------------
+STAYS = {
+    "seed": "it decides which images are held out", "held_out": "its images have chosen the network",
+    "calibration_images": "the network is calibrated", "ideal_epochs": "the network has met its ADC",
+    "teacher": "a .rq file holds no teacher", "distill_weight": "a .rq file holds no teacher", "distill_temperature": "a .rq file holds no teacher",
+}  # fmt: skip
+
+
+def train_more(
+    source: str | Path,
+    data: str | Data,
+    *,
+    out: str | Path | None = None,
+    recipe: dict[str, Any] | None = None,
+    state: str | Path | None = None,
+    force: bool = False,
+    progress: Any = None,
+) -> Trained:
+    """Train the network of a .rq file for more epochs through its ADC, with a schedule of its own, and save it to `out` (if given).
+
+    data: what it was made with, so that the same images are held out. recipe: settings that are not as before; those in STAYS cannot
+    change, and there is no teacher. state: as in `quantize`. Raises RqError's kinds.
+    """
+    started, progress = time.monotonic(), progress or Silent()
+    if out is not None:
+        check_writable(out, force)
+    saved = checkpoint.load(source)
+    history = recipes_of(saved, source)
+    recipe = recipe_after(history[-1], recipe or {})
+    job = _job_of(saved, load_data(data, unsplit="train") if isinstance(data, str) else data, recipe)
+    runs = kept_runs(state, about_job(saved.network, saved.macro, recipe, [job.train, job.held]))
+    ready_kernels(progress, training=recipe.epochs > 0)
+    with progress.stage("integer program before", len(job.test)) as done:
+        before = percent(predictions(saved.program, job.test.images, done) == job.test.images.y)
+    network = saved.network
+    best = consider_norms("as before", network, job.train, job.held, recipe, None)
+    run = Stages(job, saved.macro, recipe, progress, runs).tuned(network, best, recipe, None, MAIN)
+    frozen, tuned_top1, found = _measured(network, saved.macro, job, progress, "integer program")
+    result = Trained(
+        str(source), None if out is None else str(out), saved.macro, recipe, history, before, tuned_top1, percent(found == real_predictions(network, job.test)),
+        len(job.test), job.measured_on, len(job.train), len(job.held), run.best.name, run.roll_backs,
+        layer_table(network, job.train.real(slice(fitting_network(network, TABLE_IMAGES)))), round(time.monotonic() - started, 1),
+    )  # fmt: skip
+    if out is not None:
+        _checkpoint(network, frozen, job, recipe, result).save(out, force)
+    return result
+
+
+def recipes_of(saved: Checkpoint, source: str | Path) -> list[Recipe]:
+    """The recipes that made a file, oldest first."""
+    try:
+        return [Recipe(**fields) for fields in (*saved.results.get("history", []), saved.recipe)]
+    except (TypeError, AttributeError, ConfigError) as e:
+        raise InputError(f"{escaped(source)}: its recipe is not one of this version ({escaped(e)}); make the file again") from e
+
+
+def recipe_after(before: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe of more epochs: the one before with `changes`."""
+    for name in changes.keys() & STAYS.keys():
+        raise ConfigError(f"--{name.replace('_', '-')} cannot change when training goes on, for {STAYS[name]}; leave it out")
+    return replace(before, **{"teacher": "none", "ideal_epochs": 0, **changes})
+
+
+def _job_of(saved: Checkpoint, data: Data, recipe: Recipe) -> Job:
+    """The job of training a checkpoint on."""
+    if data.train is None:
+        raise InputError(f"{escaped(data.name)}: has no training images; give a data set with a training part (x_train, y_train)")
+    check_augment(saved.network, recipe)
+    parts = {name: images and _fitting_images(saved, data, images) for name, images in (("train", data.train), ("test", data.test))}
+    return split(saved.network, replace(data, **parts), recipe, saved.preprocess)
 
 
 # -- evaluate --------------------------------------------------------------------------------------------------------
@@ -339,7 +449,14 @@ def evaluate(
 
 
 def _images_for(saved: Checkpoint, data: Data, limit: int | None) -> tuple[Images, str]:
-    images = data.test if data.test is not None else data.train
+    images = _fitting_images(saved, data, data.test if data.test is not None else data.train)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit must be at least 1, not {limit}")
+    return (images if limit is None else subset(images, limit, seed=0)), "test" if data.test is not None else "train"
+
+
+def _fitting_images(saved: Checkpoint, data: Data, images: Images) -> Images:
+    """Images of a data set in the shape the program takes; raises InputError where they are not what it was made for."""
     wanted = saved.program.tensors[saved.program.input]
     if prod(images.shape) == prod(wanted.shape):
         images = images.reshaped(wanted.shape)
@@ -349,9 +466,7 @@ def _images_for(saved: Checkpoint, data: Data, limit: int | None) -> tuple[Image
         raise InputError(f"{escaped(data.name)}: images are {images.x.dtype}, but the model takes {wanted.dtype}; give pixels in the form it was quantized with")
     if data.classes > saved.network.graph.shape(saved.network.graph.output)[0]:
         raise InputError(f"{escaped(data.name)}: labels go up to {data.classes - 1}, but the model scores {saved.classes} classes; give the data set the model was trained for")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit must be at least 1, not {limit}")
-    return (images if limit is None else subset(images, limit, seed=0)), "test" if data.test is not None else "train"
+    return images
 
 
 def ideal_program(saved: Checkpoint) -> Program:

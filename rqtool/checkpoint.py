@@ -65,6 +65,8 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def _build(tensors: dict[str, np.ndarray], document: dict[str, Any]) -> Checkpoint:
+    if "kind" in document:
+        raise InputError(f"holds a {escaped(document['kind'])} (--state); give the .rq file that was written at the end")
     parts: dict[str, dict[str, np.ndarray]] = {"program": {}, "network": {}}
     for name, array in tensors.items():
         room, _, rest = name.partition("/")

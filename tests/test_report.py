@@ -64,6 +64,27 @@ def test_what_is_not_the_default_of_the_recipe_is_told():
     assert "trained               2 epochs on 900 images, seed 0, after 1 epoch with an ideal ADC, float teacher, shift; rolled back 2 times, each to half the rate" in lines
 
 
+def test_the_closing_table_of_train():
+    history = [{"epochs": 2, "ideal_epochs": 1}, {"epochs": 1, "ideal_epochs": 0}]
+    data = {**QUANTIZED, "command": "train", "source": "m.rq", "out": "t.rq", "history": history, "metrics": {"before_top1": 90.0, "tuned_top1": 90.25, "agreement": 100.0, "images": 1000}}
+    assert results.trained(data) == """\
+macro  9 wordlines, 8 I/O, 4-bit ADC (twos, layer, calibrated), 4-bit inputs, 4-bit weights, signed
+
+top-1 on 1000 test images      %
+before                     90.00
+after                      90.25
+
+layer  rows  columns  tiles  reads/MAC   step  zero  clipped %
+conv1    27       16      3       0.11  33.46     8       1.23
+
+trained before  4 epochs
+trained         1 epoch on 900 images, seed 3
+chosen          epoch 1, by 100 held-out images
+agreement       integer program and training name the same class on 100.00 % of the images
+file            t.rq
+seconds         12.34"""
+
+
 def test_results_that_a_file_claims_are_only_data():
     data = {
         "source": "m.rq", "kind": "rq", "macro": Macro().to_dict(), "preprocess": {"scale": 1.0, "mean": [0.0], "std": [1.0]}, "program_sha256": "ab",

@@ -7,8 +7,9 @@ values.py, for the checks and their sentences belong to the public functions.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_type_hints
@@ -29,6 +30,7 @@ DataSource = Annotated[str, option("--data", metavar="SRC", help=IMAGES)]
 Arch = Annotated[str | None, option("--arch", metavar="NET", help=NETWORK)]
 InputShape = Annotated[str | None, option("--input", metavar="C,H,W", help="The shape of one input of the model, where it is not known otherwise.")]
 Threads = Annotated[str | None, option("--threads", metavar="N", help="Threads for torch and the kernels (default: torch's own choice).")]
+State = Annotated[str | None, option("--state", metavar="FILE", help="Keep the state of training here after every epoch; where it exists, go on from it.")]
 Force = Annotated[bool, option("--force", help="Replace files that exist.")]
 
 
@@ -97,6 +99,8 @@ RECIPE = (
     Flag("norm_images", "N", "Images that re-estimate batch norm (default 2048).", values.whole),
     Flag("held_out", "N", "Training images kept to choose by (default a tenth, 5000 at most).", partial(values.whole, low=1)),
 )
+FIRST_TIME = ("seed", "held_out", "calibration_images", "ideal_epochs", "teacher", "distill_weight", "distill_temperature")
+AGAIN = tuple(replace(f, help=f"{re.split(r'[;(]', f.help)[0].strip()} (default: as before).") for f in RECIPE if f.name not in FIRST_TIME)
 PIXELS = (
     Flag("mean", "X[,X...]", "Subtracted from pixels, one for all channels or one each (default 0).", values.numbers),
     Flag("std", "X[,X...]", "Divides pixels after that (default 1).", values.numbers),

@@ -45,11 +45,27 @@ def _closing(data: Data) -> list[tuple[str, str]]:
         ("fully integer", integer),
         ("layers off the macro", ", ".join(data["layers_off_macro"]) or "none"),
         ("reads per MAC", number(data["metrics"]["reads_per_mac"])),
+        *_how(data),
+        ("file", data["out"] or "not saved"),
+        ("seconds", number(data["seconds"])),
+    ]
+
+
+def trained(data: Data, width: int | None = None) -> str:
+    """The closing figures of `train`."""
+    m = data["metrics"]
+    rows = [("before", number(m["before_top1"])), ("after", number(m["tuned_top1"]))]
+    figures = table([f"top-1 on {m['images']} {data['measured_on']} images", "%"], rows, width)
+    before = sum(recipe["epochs"] + recipe["ideal_epochs"] for recipe in data["history"])
+    closing = [("trained before", _epochs(before)), *_how(data), ("file", data["out"] or "not saved"), ("seconds", number(data["seconds"]))]
+    return paragraphs(pairs([("macro", _macro(data))], width), figures, _layers(data, width), pairs(closing, width))
+
+
+def _how(data: Data) -> list[tuple[str, str]]:
+    return [
         ("trained", _trained(data)),
         ("chosen", f"{data['chosen']}, by {data['held_out_images']} held-out images"),
         ("agreement", f"integer program and training name the same class on {number(data['metrics']['agreement'])} % of the images"),
-        ("file", data["out"] or "not saved"),
-        ("seconds", number(data["seconds"])),
     ]
 
 

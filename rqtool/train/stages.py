@@ -8,8 +8,8 @@ The teacher of a network with an ideal ADC is the float network, whichever teach
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 from rqtool.hardware.macro import Macro
@@ -20,6 +20,7 @@ from rqtool.train.calibrate import calibrate
 from rqtool.train.distill import Teacher
 from rqtool.train.finetune import Candidate, Feed, Recipe, Run, consider_norms, finetune, fitting_network, steps_per_epoch
 from rqtool.train.rewrite import read_layers, rewrite
+from rqtool.train.state import Runs
 
 CALIBRATION_VALUES = 1 << 28  # calibration is one pass over all its images, so it may hold more at once than a batch
 IDEAL_STAGE, TWIN, MAIN = "ideal-ADC epochs", "ideal-ADC twin", "fine-tuning"
@@ -42,12 +43,14 @@ class Job:
 
 @dataclass
 class Stages:
-    """One job on one macro. Each network is trained when it is first asked for, and once."""
+    """One job on one macro. Each network is trained when it is first asked for, and once; `runs` holds what was trained before an
+    interruption."""
 
     job: Job
     macro: Macro
     recipe: Recipe
     progress: Any
+    runs: Runs = field(default_factory=Runs)
 
     def calibrated(self, macro: Macro, name: str, trained: Network | None = None) -> tuple[Network, Candidate]:
         """(a network for `macro` in its chosen state, that state): from the float network, or with the weights and scales of `trained`."""
@@ -63,12 +66,16 @@ class Stages:
         return network, best
 
     def tuned(self, network: Network, best: Candidate, recipe: Recipe, teacher: Teacher | None, name: str) -> Run:
-        """Fine-tune `network` in place."""
+        """Fine-tune `network` in place, from where the stage of this name was interrupted, if it was."""
+        feeds, per_epoch, start = (self.job.train, self.job.held), steps_per_epoch(len(self.job.train), recipe), self.runs.runs.get(name)
         if not recipe.epochs:
-            return finetune(network, self.job.train, self.job.held, recipe, best)
-        per_epoch = steps_per_epoch(len(self.job.train), recipe)
+            return finetune(network, *feeds, recipe, best)
         with self.progress.stage(name, recipe.epochs * per_epoch) as done:
-            return finetune(network, self.job.train, self.job.held, recipe, best, lambda loss: done(1, f"loss {loss:.3f}"), teacher=teacher)
+            if start is not None:
+                done(start.epoch * per_epoch, f"{start.epoch} epochs were done before")
+            return finetune(
+                network, *feeds, recipe, best, lambda loss: done(1, f"loss {loss:.3f}"), teacher=teacher, start=start, epoch_done=partial(self.runs.keep, name)
+            )
 
     def taught_by(self, network: Network) -> Teacher:
         return Teacher(network, self.recipe.distill_weight, self.recipe.distill_temperature)
