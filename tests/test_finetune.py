@@ -20,6 +20,7 @@ from rqtool.train import finetune as module
 from rqtool.train.calibrate import calibrate
 from rqtool.train.distill import Teacher
 from rqtool.train.finetune import Candidate, Feed, Recipe, batch_order, consider, consider_norms, finetune, fitting, optimizer, rate, steps_per_epoch, temperature, top1
+from rqtool.train.relax import MODES
 from rqtool.train.rewrite import read_layers, rewrite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,7 +81,7 @@ WORST = Candidate("worst", -1.0, 1e9, {})
 
 
 # -- what comes out ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("mode", ["relaxed", "ste"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("macro", [FEW_BITS, Macro(adc_bits=2, in_bits=2, w_bits=3, sign_scheme="split", granularity="column"), Macro(levels="free", adc_bits=2, in_bits=2, w_bits=2)], ids=Macro.describe)
 def test_a_toy_problem_gets_better(mode, macro):
     network, before, best = tuned(replace(RECIPE, mode=mode), macro)
@@ -90,7 +91,7 @@ def test_a_toy_problem_gets_better(mode, macro):
     assert not network.training and all(layer.relaxation is None for layer in read_layers(network).values())
 
 
-@pytest.mark.parametrize("mode", ["relaxed", "ste"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_same_seed_gives_the_same_bits(mode):
     recipe = replace(RECIPE, epochs=1, mode=mode)
     (one, _, first), (two, _, second) = tuned(recipe), tuned(recipe)
@@ -322,7 +323,7 @@ def test_a_loss_that_is_no_number_ends_training():
 
 
 WRONG = {
-    "--mode soft is not known; choose one of relaxed, ste": {"mode": "soft"},
+    "--mode soft is not known; choose one of gumbel, mean, relaxed, ste": {"mode": "soft"},
     "--teacher floats is not known; did you mean 'float'?": {"teacher": "floats"},
     "--augment crop is not known; choose one of none, shift, shift-flip": {"augment": "crop"},
     "--ideal-epochs must be a whole number of at least 0, not -1": {"ideal_epochs": -1},

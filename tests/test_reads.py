@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_kernels import explicit_gradients
 from torch import nn
 from torch.nn import functional as F
 
 from rqtool.errors import CheckError
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
+from rqtool.kernels.spec import Noise, make_spec
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import input_planes, weight_planes
 from rqtool.program import golden
@@ -20,7 +22,7 @@ from rqtool.program.ir import Op, Program, Tensor
 from rqtool.train.frozen import frozen_layer
 from rqtool.train.layers import ReadLayer, adc_numbers
 from rqtool.train.reads import pad_codes, split_planes
-from rqtool.train.relax import Relaxation
+from rqtool.train.relax import Relaxation, mean_slope
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -205,6 +207,32 @@ def test_noise_is_drawn_in_training_only_and_repeats():
     assert torch.equal(first, second) and not torch.equal(first, hard)
     layer.relaxation = Relaxation(0.5, 4)
     assert not torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("name", ["layer", "column", "tile"])
+@pytest.mark.parametrize("drawn", [None, -0.6, 0.4])
+def test_a_step_s_gradient_is_that_of_the_explicit_function(name, drawn, monkeypatch):
+    """Through the whole layer, with hard codes (None) and with a noise that is known; a third of the reads clip."""
+    macro, g = Macro(granularity=name, adc_bits=3, wl=5), Geometry(2, 4, (3, 3))
+    layer = layer_of(macro, g).train()
+    with torch.no_grad():
+        layer.log_step.copy_((20 + 10 * torch.rand(layer.log_step.shape, generator=torch.Generator().manual_seed(8))).log())
+    if drawn is not None:
+        monkeypatch.setattr(Relaxation, "noise", lambda self: Noise(np.full(1 << 17, drawn, np.float32), 1))
+        layer.relaxation = Relaxation(0.3, 1)
+    x, w = codes_and_weights(macro, g)
+    gy = torch.randn(2, 4, 4, 5, generator=torch.Generator().manual_seed(9))
+    (layer.read(x, w) * gy).sum().backward()
+    numbers = layer.adc()
+    spec = make_spec(layer.plan, *(a.numpy() for a in (numbers.mult, numbers.zero, numbers.gain)))
+    rate = (numbers.mult.double() / 2.0**macro.shift).expand(len(layer.plan.tiles), 4)
+    slope_of = None if drawn is None else lambda p, t: mean_slope(p * rate[t].view(1, -1, 1) + macro.zero, macro.top, 0.3)
+    dx, dw, dstep = explicit_gradients(x.detach().numpy(), w.detach().numpy(), spec, gy.numpy(), drawn or 0.0, slope_of)
+    shared = [d for d in (0, 1) if layer.log_step.shape[d] == 1]
+    expected = torch.from_numpy(dstep).sum(shared, keepdim=True) * layer.log_step.detach().exp()
+    assert torch.allclose(layer.log_step.grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    for got, want in ((x.grad, dx), (w.grad, dw)):
+        assert np.allclose(got.numpy(), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("name", ["layer", "column", "tile"])

@@ -293,7 +293,7 @@ def _prepare(network: Network, optim: torch.optim.Optimizer, recipe: Recipe, ste
         group["lr"] = share * rate(recipe, step / total)
     tau = temperature(recipe, step / total)
     for n, layer in enumerate(read_layers(network).values()):
-        layer.relaxation = None if tau is None else Relaxation(tau, (recipe.seed * 1_000_003 + step) * 1024 + n)
+        layer.relaxation = None if tau is None else Relaxation(tau, (recipe.seed * 1_000_003 + step) * 1024 + n, recipe.mode)
 
 
 def _quiet(network: Network) -> None:

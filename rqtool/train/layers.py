@@ -24,6 +24,7 @@ from rqtool.mapping.plan import FREE_LEVEL_PEAK, Plan
 from rqtool.train.quantizers import InputQuantizer, WeightQuantizer
 from rqtool.train.reads import pad_codes, reads, split_planes, table_reads, unpadded
 from rqtool.train.relax import Relaxation, slope_tables
+from rqtool.train.soft import CALLS
 
 LEVEL_BITS = 3  # a free level is a whole number of eighths of a partial-sum unit
 
@@ -149,6 +150,8 @@ class ReadLayer(nn.Module):
         numbers, macro, relax = self.adc(), self.plan.macro, self.relaxation if self.training else None
         real = self.log_step.exp().clamp(min=1.0)
         step = (real + (numbers.step - real).detach()).float()
+        if relax and relax.mode in CALLS:
+            return CALLS[relax.mode](self.plan, step, numbers.zero, relax)
         tables = slope_tables(numbers.mult, numbers.zero, macro.shift, macro.top, relax.tau, macro.p_min, macro.p_max) if relax else None
         tables = Tables(tables.p_min, over_rows(tables.row, self.plan), tables.slope) if tables else None
         spec = unpadded(make_spec(self.plan, *(t.numpy() for t in (numbers.mult, numbers.zero, numbers.gain)), tables=tables))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from rqtool.kernels import choose
+from rqtool.kernels import choose, reference
 from rqtool.kernels.spec import ReadSpec
 from rqtool.mapping.planes import Plane, extract
 
@@ -57,6 +57,23 @@ class _Reads(torch.autograd.Function):
         return dx, dw, dstep, None, None
 
 
+class _TableReads(torch.autograd.Function):
+    """Reads whose values are looked up in a table that gets a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
+        """x [N, C, H, W] padded codes, weight [O, K], value [rows, P]: what `spec.tables.value` holds, under autograd."""
+        ctx.spec, ctx.carrier = spec, choose.for_training(x, spec)
+        ctx.save_for_backward(x, weight)
+        return ctx.carrier.forward(x, weight, spec)
+
+    @staticmethod
+    def backward(ctx, gy: torch.Tensor):
+        (x, weight), gy = ctx.saved_tensors, gy.contiguous()
+        dx, dw, _ = ctx.carrier.backward(x, weight, ctx.spec, gy)
+        return dx, dw, reference.table_gradient(x, weight, ctx.spec, gy), None
+
+
 def pad_codes(x: torch.Tensor, padding: tuple[int, int], code: int) -> torch.Tensor:
     """x [N, C, H, W] with `padding` positions of code `code` around it."""
     return F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=float(code)) if any(padding) else x
@@ -71,6 +88,11 @@ def table_reads(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.
     """The same for an ADC given by value and slope tables, whose levels are not learned."""
     one = x.new_ones(1, 1)
     return _Reads.apply(x, weight, one, spec, x.new_ones(1))
+
+
+def learned_table_reads(x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
+    """The same with values that are learned: float64 [rows, P] under autograd, and the same numbers in the spec."""
+    return _TableReads.apply(x, weight, value, spec)
 
 
 def unpadded(spec: ReadSpec) -> ReadSpec:

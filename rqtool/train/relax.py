@@ -7,6 +7,7 @@
 The forward pass draws a code exactly: clamp(round(u + tau * logit(r)), 0, top) with r uniform, one random number a read. Its
 gradient is that of the mean: m' for the partial sum, (q - zero) - (u - zero) * m' for the step (the noise does not scale with
 the step, so it stays out of p / step). `ste` is the same with no noise and a slope of 1 inside, 0 where the code clips.
+The forward passes of `mean` and `gumbel` are soft (train/soft.py): m(u) itself, and a weighted mean of codes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from rqtool.kernels.spec import Noise, Tables
 
-MODES = ("relaxed", "ste")
+MODES = ("relaxed", "ste", "mean", "gumbel")
 NOISE_DRAWS = 1 << 16
 SEEDS = 1 << 46  # every carrier's arithmetic on seeds stays within 63 bits
 NOISE_TAIL = 256  # a block reads this many draws from any start
@@ -26,10 +27,11 @@ NOISE_TAIL = 256  # a block reads this many draws from any start
 
 @dataclass(frozen=True)
 class Relaxation:
-    """One training step's noise: temperature in codes and a seed."""
+    """One training step's noise: temperature in codes, a seed, and the mode that makes something of both."""
 
     tau: float
     seed: int
+    mode: str = "relaxed"
 
     def noise(self) -> Noise:
         """float32 logistic draws, the same for the same seed."""
