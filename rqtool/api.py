@@ -53,7 +53,7 @@ from rqtool.train.frozen import freeze, peaks_of
 from rqtool.train.measure import layer_table, percent, predictions, real_predictions
 from rqtool.train.rewrite import plans
 from rqtool.train.stages import MAIN, TWIN, Job, Stages
-from rqtool.train.state import about_job, kept_runs
+from rqtool.train.state import Runs, about_job, kept_runs
 
 HELD_OUT_PEAK = 5000
 DEMO_EPOCHS = 6  # its 3,600 training images are few steps each
@@ -231,7 +231,7 @@ def quantize(
     with progress.stage("float model", 1) as done:
         float_top1 = top1(job.network, job.test)[0]
         done()
-    stages = Stages(job, macro, recipe, progress, kept_runs(state, about_job(job.network, macro, recipe, [job.train, job.held])))
+    stages = Stages(job, macro, recipe, progress, _runs(state, macro, job, recipe))
     network, best = stages.calibrated(macro, "calibration")
     ptq_top1 = _measured(network, macro, job, progress, "post-training")[1]
     network, run = stages.main(network, best)
@@ -330,6 +330,10 @@ def check_augment(network: Network, recipe: Recipe) -> None:
         raise ConfigError(f"--augment {recipe.augment} moves images, but the model takes shape {list(network.graph.input_shape)}; give --augment none")
 
 
+def _runs(state: str | Path | None, macro: Macro, job: Job, recipe: Recipe) -> Runs:
+    return Runs() if state is None else kept_runs(state, about_job(job.network, macro, recipe, [job.train, job.held]))
+
+
 def _twin(stages: Stages, tuned_top1: float) -> float:
     if stages.macro.ideal:
         return tuned_top1
@@ -380,7 +384,7 @@ def train_more(
     history = recipes_of(saved, source)
     recipe = recipe_after(history[-1], recipe or {})
     job = _job_of(saved, load_data(data, unsplit="train") if isinstance(data, str) else data, recipe)
-    runs = kept_runs(state, about_job(saved.network, saved.macro, recipe, [job.train, job.held]))
+    runs = _runs(state, saved.macro, job, recipe)
     ready_kernels(progress, training=recipe.epochs > 0)
     with progress.stage("integer program before", len(job.test)) as done:
         before = percent(predictions(saved.program, job.test.images, done) == job.test.images.y)

@@ -18,7 +18,7 @@ from rqtool import Data, Macro, Recipe, checkpoint
 from rqtool.errors import ConfigError, InputError, StorageError
 from rqtool.storage import load_tensors, save_tensors
 from rqtool.train.finetune import Run, finetune
-from rqtool.train.state import about_job, kept_runs
+from rqtool.train.state import Runs, about_job, kept_runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ABOUT = about_job(started(), FEW_BITS, RECIPE, [TRAIN, HELD])
@@ -66,7 +66,7 @@ def test_runs_come_back_as_they_were(tmp_path):
 
 def test_without_a_name_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runs = kept_runs(None, ABOUT)
+    runs = Runs()
     runs.keep("stage", Run(1, 0, WORST, {}, {}))
     assert runs.runs == {} and not list(tmp_path.iterdir())
 

@@ -48,13 +48,11 @@ class Runs:
         save_tensors(self.path, tensors, document, force=True)
 
 
-def kept_runs(path: str | Path | None, about: dict[str, Any]) -> Runs:
+def kept_runs(path: str | Path, about: dict[str, Any]) -> Runs:
     """The runs in the file at `path`, none where there is no such file yet. about: as from `about_job`.
 
     Raises InputError where it is another kind of file, ConfigError where it belongs to another job or cannot be written.
     """
-    if path is None:
-        return Runs()
     check_writable(path, force=True, option="--state")
     about = json.loads(json.dumps(about))
     if not Path(path).exists():
