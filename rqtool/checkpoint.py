@@ -101,7 +101,7 @@ def build_network(graph: Graph, macro: Macro, state: dict[str, torch.Tensor]) ->
     return network.eval()
 
 
-ADC_STATE = ("log_step", "zero", "thresholds", "levels")
+ADC_STATE = ("log_step", "zero", "real_zero", "thresholds", "levels")
 
 
 def _of_adc(name: str) -> bool:

@@ -19,7 +19,7 @@ from rqtool.model.network import Network
 from rqtool.train import finetune as module
 from rqtool.train.calibrate import calibrate
 from rqtool.train.distill import Teacher
-from rqtool.train.finetune import Candidate, Feed, Recipe, batch_order, consider, consider_norms, finetune, fitting, optimizer, rate, steps_per_epoch, temperature, top1
+from rqtool.train.finetune import Candidate, Feed, Recipe, Run, batch_order, consider, consider_norms, finetune, fitting, optimizer, rate, steps_per_epoch, temperature, top1
 from rqtool.train.relax import MODES
 from rqtool.train.rewrite import read_layers, rewrite
 
@@ -116,7 +116,32 @@ def test_every_parameter_that_can_learn_does():
     start = deepcopy(network.state_dict())
     finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), WORST)
     unchanged = {name for name, value in network.state_dict().items() if torch.equal(value, start[name])}
-    assert unchanged <= {f"layers.{layer}.{role}" for layer in "06" for role in ("zero", "input.zero")}
+    assert unchanged <= {f"layers.{layer}.{role}" for layer in "06" for role in ("zero", "real_zero", "input.zero")}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_zero_learns_where_it_is_asked_to(mode):
+    """What is served is always the whole code next to what was learned, one step before the end."""
+    network, seen = started(), []
+    recipe = replace(RECIPE, epochs=2, zero="learned", mode=mode, lr=0.3)
+    run = finetune(network, TRAIN, HELD, recipe, WORST, lambda loss: seen.append([(layer.real_zero.item(), int(layer.zero)) for layer in read_layers(network).values()]))
+    assert len({real for step in seen for real, _ in step}) > 10 and len({zero for step in seen for _, zero in step}) > 1
+    for before, after in zip(seen, seen[1:]):
+        assert all(zero == min(3, max(0, np.floor(real + 0.5))) for (real, _), (_, zero) in zip(before, after))
+    assert same_states(run, finetune(started(), TRAIN, HELD, recipe, WORST))
+    assert top1(network, HELD) == (run.best.top1, run.best.loss)
+
+
+@pytest.mark.parametrize("macro", [replace(FEW_BITS, codebook="sign-magnitude"), replace(FEW_BITS, range="full"), replace(FEW_BITS, levels="free"), FEW_BITS.with_ideal_adc()], ids=Macro.describe)
+def test_a_zero_that_is_nobody_s_choice_stays(macro):
+    network = started(macro)
+    finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1, zero="learned"), WORST)
+    layers = read_layers(network).values()
+    assert not any(layer.zero_can_move() for layer in layers) and (macro.ideal or all(int(layer.zero) == macro.zero for layer in layers))
+
+
+def same_states(a: Run, b: Run) -> bool:
+    return all(torch.equal(value, b.network[name]) for name, value in a.network.items())
 
 
 def test_more_than_one_batch_is_needed_for_nothing():
@@ -277,7 +302,7 @@ def test_the_fourth_failure_ends_the_run():
 @pytest.mark.parametrize("macro", [FEW_BITS, Macro(adc_bits=None)], ids=Macro.describe)
 def test_a_run_goes_on_to_the_same_bits(macro):
     """Also with a batch order, noise, dropout, augmentation and a teacher that depend on the step."""
-    recipe, runs = replace(RECIPE, epochs=3, augment="shift-flip"), []
+    recipe, runs = replace(RECIPE, epochs=3, augment="shift-flip", zero="learned"), []
     teacher = Teacher(float_network(), 0.5, 2.0)
     whole = finetune(started(macro), TRAIN, HELD, recipe, WORST, teacher=teacher, epoch_done=runs.append)
     for start in runs:
@@ -324,6 +349,7 @@ def test_a_loss_that_is_no_number_ends_training():
 
 WRONG = {
     "--mode soft is not known; choose one of gumbel, mean, relaxed, ste": {"mode": "soft"},
+    "--zero moves is not known; choose one of fixed, learned": {"zero": "moves"},
     "--teacher floats is not known; did you mean 'float'?": {"teacher": "floats"},
     "--augment crop is not known; choose one of none, shift, shift-flip": {"augment": "crop"},
     "--ideal-epochs must be a whole number of at least 0, not -1": {"ideal_epochs": -1},

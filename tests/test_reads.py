@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -233,6 +234,43 @@ def test_a_step_s_gradient_is_that_of_the_explicit_function(name, drawn, monkeyp
     assert torch.allclose(layer.log_step.grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     for got, want in ((x.grad, dx), (w.grad, dw)):
         assert np.allclose(got.numpy(), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["layer", "column", "tile", "split", "serial"])
+@pytest.mark.parametrize("mode", ["ste", "relaxed", "mean"])
+def test_a_zero_s_gradient_is_the_sum_over_all_reads(name, mode):
+    """step * (m' - 1), or for hard codes -step where a read clips; with partial sums on both clip edges."""
+    about = {"sign_scheme": "split", "codebook": "twos"} if name == "split" else {"dac_bits": 2} if name == "serial" else {"granularity": name}
+    macro, g = Macro(adc_bits=3, wl=5, **about), Geometry(2, 4, (3, 3))
+    layer = layer_of(macro, g).train()
+    layer.set_zero(3)
+    layer.real_zero.requires_grad_()
+    with torch.no_grad():
+        layer.log_step.copy_((10 + 4 * torch.rand(layer.log_step.shape, generator=torch.Generator().manual_seed(8))).log())
+    layer.relaxation = None if mode == "ste" else Relaxation(0.3, 1, mode)
+    x, w = codes_and_weights(macro, g)
+    gy = torch.randn(2, 4, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    y = layer.read(x, w)
+    (y * gy.float()).sum().backward()
+    numbers, expected = layer.adc(), 0.0
+    step = numbers.step.expand(len(layer.plan.tiles), 4)
+    for a, b in product(zip(layer.plan.input_planes, split_planes(x, layer.plan.input_planes)), zip(layer.plan.weight_planes, split_planes(w, layer.plan.weight_planes))):
+        rows = F.unfold(a[1].detach().double(), g.kernel)
+        for t, (first, last) in enumerate(layer.plan.tiles):
+            p, s = torch.einsum("ok,nkl->nol", b[1].detach().double()[:, first:last], rows[:, first:last]), step[t].view(1, -1, 1)
+            code = torch.floor(p / s + 0.5) + 3
+            slope = ((code >= 0) & (code <= 7)).double() if mode == "ste" else mean_slope(p / s + 3, 7, 0.3)
+            expected += float((a[0].factor * b[0].factor * gy.flatten(2) * s * (slope - 1)).sum())
+    assert layer.real_zero.grad.item() == pytest.approx(expected, rel=2e-3 if name == "tile" else 1e-4)
+    layer.real_zero.requires_grad_(False)
+    assert torch.equal(layer.read(x, w), y)
+
+
+def test_a_state_without_a_learned_zero_is_read():
+    layer, other = layer_of(Macro(), GEOMETRIES["conv"]), layer_of(Macro(), GEOMETRIES["conv"])
+    layer.set_zero(11)
+    other.load_state_dict({name: value for name, value in layer.state_dict().items() if name != "real_zero"})
+    assert (int(other.zero), other.real_zero.item()) == (11, 11.0)
 
 
 @pytest.mark.parametrize("name", ["layer", "column", "tile"])

@@ -106,7 +106,7 @@ def test_the_adc_is_calibrated_on_what_the_ideal_epochs_gave():
     trained, there = s.ideal_stage.state_dict(), network.state_dict()
     same = {name for name in trained if torch.equal(trained[name], there[name])}
     assert set(trained) - same <= {name for name in trained if "running" in name or "num_batches" in name}
-    assert {name.rsplit(".", 1)[1] for name in set(there) - set(trained)} == {"log_step", "zero"}
+    assert {name.rsplit(".", 1)[1] for name in set(there) - set(trained)} == {"log_step", "zero", "real_zero"}
     assert all(layer.log_step.item() > 0 for layer in read_layers(network).values())
     assert best.name.startswith("ideal-ADC epochs")
 

@@ -90,6 +90,7 @@ RECIPE = (
     Flag("lr", "X", "Peak learning rate (default 0.001).", values.number),
     Flag("weight_decay", "X", "Of weight matrices (default 0.0001).", values.number),
     Flag("mode", "KIND", "Gradients through noisy codes, straight through, or soft codes: relaxed, ste, mean or gumbel (default relaxed).", values.as_given),
+    Flag("zero", "fixed|learned", "Whether the ADC's code of p = 0 stays as calibrated; learning it is slow (default fixed).", values.as_given),
     Flag("seed", "N", "Of batches, noise and held-out images (default 0).", partial(values.whole, low=0)),
     Flag("tau_start", "X", "Noise in codes at the start (default 0.3).", values.number),
     Flag("tau_end", "X", "Noise in codes where it ends (default 0.08).", values.number),

@@ -115,7 +115,7 @@ def set_adc(layer: ReadLayer, histogram: np.ndarray) -> None:
         return
     if macro.range == "calibrated":
         step, zero = optimal_uniform(histogram, macro)
-        layer.zero.fill_(zero)
+        layer.set_zero(zero)
     else:
         step = adc.full_scale_step(macro.p_min, macro.p_max, macro.zero, macro.top) if macro.range == "full" else macro.step
     layer.log_step.copy_(torch.as_tensor(np.array(np.broadcast_to(step, layer.log_step.numel()))).view_as(layer.log_step).log())

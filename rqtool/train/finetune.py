@@ -32,7 +32,7 @@ HELD_VALUES = 1 << 26  # numbers in the largest tensor of a batch, where nothing
 ROLL_BACKS = 3  # epochs done again at half the rate, before a run is given up
 GRADIENT_PEAK = 5.0  # the norm to which longer gradients are cut
 
-CHOICES = {"mode": MODES, "teacher": TEACHERS, "augment": AUGMENTS}
+CHOICES = {"mode": MODES, "zero": ("fixed", "learned"), "teacher": TEACHERS, "augment": AUGMENTS}
 WHOLE_FIELDS = {"epochs": 0, "ideal_epochs": 0, "batch": 2, "seed": 0, "calibration_images": 2, "norm_images": 2, "held_out": 1}
 TINY, HUGE = 1e-12, 1e12
 REAL_FIELDS = {
@@ -52,6 +52,7 @@ class Recipe:
     lr: float = 1e-3
     weight_decay: float = 1e-4
     mode: str = "relaxed"
+    zero: str = "fixed"
     seed: int = 0
     tau_start: float = 0.3
     tau_end: float = 0.08
@@ -212,6 +213,9 @@ def finetune(
     start: go on from there. step_done(loss) is called after each step, epoch_done(run) after each epoch and roll-back. An epoch that
     diverges is done again at half the rate; raises CheckError where that has not helped three times.
     """
+    for layer in read_layers(network).values():
+        if layer.zero_can_move():
+            layer.real_zero.requires_grad_(recipe.zero == "learned")
     optim = optimizer(network, recipe)
     run = start or _run(0, 0, best, network, optim)
     while run.epoch < recipe.epochs:

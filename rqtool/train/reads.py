@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 
 from rqtool.kernels import choose, reference
-from rqtool.kernels.spec import ReadSpec
+from rqtool.kernels.spec import ReadSpec, Tables
 from rqtool.mapping.planes import Plane, extract
 
 
@@ -74,6 +75,22 @@ class _TableReads(torch.autograd.Function):
         return dx, dw, reference.table_gradient(x, weight, ctx.spec, gy), None
 
 
+class _MovingZero(torch.autograd.Function):
+    """y as it is; backward adds up what the reads behind it say about the zero, from a table over their partial sums."""
+
+    @staticmethod
+    def forward(ctx, y: torch.Tensor, zero: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, slope: torch.Tensor) -> torch.Tensor:
+        ctx.spec = spec
+        ctx.save_for_backward(x, weight, slope)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, gy: torch.Tensor):
+        x, weight, slope = ctx.saved_tensors
+        counted = reference.table_gradient(x, weight, ctx.spec, gy.contiguous())
+        return gy, (counted * slope).sum().view(1, 1), None, None, None, None
+
+
 def pad_codes(x: torch.Tensor, padding: tuple[int, int], code: int) -> torch.Tensor:
     """x [N, C, H, W] with `padding` positions of code `code` around it."""
     return F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=float(code)) if any(padding) else x
@@ -93,6 +110,15 @@ def table_reads(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.
 def learned_table_reads(x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
     """The same with values that are learned: float64 [rows, P] under autograd, and the same numbers in the spec."""
     return _TableReads.apply(x, weight, value, spec)
+
+
+def moving_zero(call: Callable, zero: torch.Tensor, spec: ReadSpec, tables: Tables) -> Callable:
+    """call(x, w, pair) with a gradient for the zero, float64 [1, 1]; the slope of `tables` is d value / d zero of every partial sum.
+
+    Costs a pass of the chunked carrier in backward, for the fused one does not count look-ups.
+    """
+    spec, slope = replace(spec, tables=replace(tables, value=tables.slope)), torch.from_numpy(tables.slope)
+    return lambda x, w, pair: _MovingZero.apply(call(x, w, pair), zero, x.detach(), w.detach(), spec, slope)
 
 
 def unpadded(spec: ReadSpec) -> ReadSpec:
