@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from conftest import REPOSITORY
 from torch import nn
 
-from rqtool import Preprocess, Recipe, api, make_macro
+from rqtool import Preprocess, Recipe, api, checkpoint, make_macro
 from rqtool.cli import options
 from rqtool.cli.main import COMMANDS, explain, run
 from rqtool.errors import CheckError, ConfigError, CoverageError, InputError, RqError, StorageError
@@ -594,6 +595,22 @@ def test_eval_from_the_shell_keeps_the_streams_apart(folder):
     ran = shell("rqtool eval m.rq --data few.npz --json", folder)
     assert ran.returncode == 0 and json.loads(ran.stdout)["metrics"]["images"] == 30 and ran.stdout.count("\n") == 1
     assert [line.split(":")[0] for line in ran.stderr.splitlines()] == ["kernels (compiled on first use)", "integer program"]
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(folder):
+    """Killed without a word as soon as there is a state; the epochs after that are done by the second call."""
+    job = [sys.executable, "-m", "rqtool", "quantize", "m.pt", *NET, "--epochs", "20", "--batch", "10", "--no-twin", "--threads", "1"]
+    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}"}
+    started = subprocess.Popen([*job, "--out", "killed.rq", "--state", "s"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while started.poll() is None and not Path("s").exists():
+        time.sleep(0.01)
+    started.kill()
+    started.wait()
+    assert Path("s").exists() and not Path("killed.rq").exists()
+    for out, state in (("killed.rq", ["--state", "s"]), ("whole.rq", [])):
+        subprocess.run([*job, "--out", out, *state], env=env, check=True, capture_output=True)
+    killed, whole = (checkpoint.load(name) for name in ("killed.rq", "whole.rq"))
+    assert killed.program.sha256() == whole.program.sha256() and killed.results["metrics"] == whole.results["metrics"]
 
 
 @pytest.mark.parametrize("line", ["presets", "--help"])
