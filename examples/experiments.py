@@ -51,13 +51,25 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """One line of the table: a task on a macro, so many epochs."""
+    """One line of the table: a task on a macro, so many epochs of a recipe."""
 
     task: str
     macro: tuple[tuple[str, object], ...] = ()
     preset: str | None = None
     epochs: int = 2
     mode: str = "relaxed"
+    teacher: str = "none"
+    augment: str = "none"
+    ideal_epochs: int = 0
+
+    def recipe(self, seed: int) -> rqtool.Recipe:
+        about = {"mode": self.mode, "teacher": self.teacher, "augment": self.augment, "ideal_epochs": self.ideal_epochs}
+        return rqtool.Recipe(epochs=self.epochs, seed=seed, batch=TASKS[self.task].batch, **about)
+
+    def twin(self) -> tuple:
+        """All that the ideal-ADC twin depends on: no ADC, and whichever teacher, for it learns from the float network."""
+        macro = rqtool.make_macro(self.preset, **dict(self.macro))
+        return self.task, self.epochs, self.ideal_epochs, self.augment, self.teacher != "none", macro.in_bits, macro.w_bits
 
 
 EXPERIMENTS = {
@@ -65,7 +77,13 @@ EXPERIMENTS = {
     "mnist-4-4-4-ste": Experiment("mnist", mode="ste"),
     "mnist-4-4-4-column": Experiment("mnist", macro=(("granularity", "column"),)),
     "mnist-nthu-2019": Experiment("mnist", preset="nthu-2019"),
+    "mnist-4-4-4-float-teacher": Experiment("mnist", teacher="float"),
+    "mnist-4-4-4-ideal-teacher": Experiment("mnist", teacher="ideal"),
+    "mnist-4-4-4-shift": Experiment("mnist", augment="shift"),
+    "mnist-4-4-4-two-stage": Experiment("mnist", ideal_epochs=1, epochs=1),
     "cifar-4-4-4": Experiment("cifar", epochs=1),
+    "cifar-4-4-4-float-teacher": Experiment("cifar", epochs=1, teacher="float"),
+    "cifar-4-4-4-shift-flip": Experiment("cifar", epochs=1, teacher="float", augment="shift-flip"),
 }
 
 
@@ -97,12 +115,9 @@ def macro_of(name: str) -> rqtool.Macro:
 
 
 def known_twin(name: str, seed: int, rows: Path) -> float | None:
-    """The ideal-ADC twin's top-1 from a finished row with the same task, bits, epochs and seed."""
-
-    def twin(n: str) -> tuple:
-        return EXPERIMENTS[n].task, EXPERIMENTS[n].epochs, macro_of(n).in_bits, macro_of(n).w_bits
-
-    paths = [rows / f"{n}-seed{seed}.json" for n in EXPERIMENTS if n != name and twin(n) == twin(name)]
+    """The ideal-ADC twin's top-1 from a finished row that has the same twin."""
+    same = [n for n in EXPERIMENTS if n != name and EXPERIMENTS[n].twin() == EXPERIMENTS[name].twin()]
+    paths = [rows / f"{n}-seed{seed}.json" for n in same]
     found = [json.loads(p.read_text())["metrics"]["ideal_top1"] for p in paths if p.exists()]
     return found[0] if found else None
 
@@ -110,7 +125,7 @@ def known_twin(name: str, seed: int, rows: Path) -> float | None:
 def run(name: str, seed: int, shared: Path, data: rqtool.Data, rows: Path) -> dict:
     """The JSON result of one job."""
     task = TASKS[EXPERIMENTS[name].task]
-    recipe = rqtool.Recipe(epochs=EXPERIMENTS[name].epochs, seed=seed, batch=task.batch, mode=EXPERIMENTS[name].mode)
+    recipe = EXPERIMENTS[name].recipe(seed)
     preprocess, twin = rqtool.Preprocess(mean=task.mean, std=task.std), known_twin(name, seed, rows)
     model = read_model(task, shared / "models")
     result = rqtool.quantize(model, data, macro_of(name), recipe=recipe, preprocess=preprocess, twin=twin is None).to_json()
@@ -126,11 +141,18 @@ def spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.2f}"
 
 
+def recipe_cell(recipe: dict) -> str:
+    """The mode, and what is not the default of a recipe; rows from before a setting existed do not have it."""
+    extra = {"teacher": "{} teacher", "augment": "{}", "ideal_epochs": "{} of the epochs with an ideal ADC first"}
+    told = [text.format(recipe[key]) for key, text in extra.items() if recipe.get(key, "none") not in ("none", 0)]
+    return ", ".join([recipe["mode"], *told])
+
+
 def row(name: str, results: list[dict]) -> str:
     m, macro, recipe = [r["metrics"] for r in results], results[0]["macro"], results[0]["recipe"]
     column = {key: spread([x[key] for x in m]) for key in ("float_top1", "ptq_top1", "tuned_top1", "ideal_top1", "adc_loss")}
-    setting = f"{macro['wl']} rows on, {macro['in_bits']}/{macro['w_bits']} bits, {macro['adc_bits']}-bit ADC, {macro['codebook']}, {macro['sign_scheme']}, step per {macro['granularity']}, {recipe['mode']}"
-    cells = [name, setting, f"{m[0]['reads_per_mac']:.4f}", str(recipe["epochs"]), str(len(results)), *column.values(), f"{min(x['agreement'] for x in m):.2f}"]
+    setting = f"{macro['wl']} rows on, {macro['in_bits']}/{macro['w_bits']} bits, {macro['adc_bits']}-bit ADC, {macro['codebook']}, {macro['sign_scheme']}, step per {macro['granularity']}"
+    cells = [name, setting, recipe_cell(recipe), f"{m[0]['reads_per_mac']:.4f}", str(recipe["epochs"] + recipe.get("ideal_epochs", 0)), str(len(results)), *column.values(), f"{min(x['agreement'] for x in m):.2f}"]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -147,8 +169,8 @@ def report(rows: Path) -> str:
     for key, task in TASKS.items():
         names = [n for n, e in EXPERIMENTS.items() if e.task == key]
         found = {n: [json.loads(p.read_text()) for p in sorted(rows.glob(f"{n}-seed*.json"))] for n in names}
-        lines += [f"## {task.title}", "", "| job | setting | reads per MAC | epochs | seeds | float | post-training | fine-tuned | ideal-ADC twin | loss | agreement |"]
-        lines += ["|" + "---|" * 11, *(row(n, r) for n, r in found.items() if r), ""]
+        lines += [f"## {task.title}", "", "| job | setting | recipe | reads per MAC | epochs | seeds | float | post-training | fine-tuned | ideal-ADC twin | loss | agreement |"]
+        lines += ["|" + "---|" * 12, *(row(n, r) for n, r in found.items() if r), ""]
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """The public functions: each command of the shell is one call of one of these.
 
     quantize      a trained float model -> a .rq file, and the closing figures
+    train_more    a .rq file -> another one, trained for more epochs
     evaluate      a .rq file -> top-1 of its integer program
     export_onnx   a .rq file -> an ONNX file, proved equal bit for bit
     plan          a model or .rq file -> tiles, reads, cycles; no data needed
@@ -48,18 +49,18 @@ from rqtool.program.ir import ATTRIBUTES, Program
 from rqtool.program.numbers import Numbers
 from rqtool.program.run import Runner, certified
 from rqtool.storage import check_writable, write_atomic
-from rqtool.train.calibrate import calibrate
-from rqtool.train.finetune import Candidate, Feed, Recipe, consider_norms, finetune, fitting_network, steps_per_epoch, top1
+from rqtool.train.finetune import Feed, Recipe, consider_norms, fitting_network, top1
 from rqtool.train.frozen import freeze, lower, peaks_of
 from rqtool.train.measure import layer_table, percent, predictions, real_predictions
-from rqtool.train.rewrite import plans, read_layers, rewrite
+from rqtool.train.rewrite import plans
 from rqtool.train.served import Served
+from rqtool.train.stages import MAIN, TWIN, Job, Stages
+from rqtool.train.state import Runs, about_job, kept_runs
 
 HELD_OUT_PEAK = 5000
 DEMO_EPOCHS = 6  # its 3,600 training images are few steps each
 TABLE_IMAGES = 128  # images behind clip rates
 PEAK_IMAGES, PEAK_BATCH = 512, 128  # images behind the ranges of grids
-CALIBRATION_VALUES = 1 << 28  # calibration is one pass over all its images, so it may hold more at once than a batch
 
 
 class Silent:
@@ -77,7 +78,8 @@ class Quantized:
 
     float: the model as it came. ptq: calibrated, not trained. tuned: after `recipe.epochs` epochs, the integer program that was
     saved. ideal: the twin with an ideal ADC, trained equally long. agreement: percent of images on which the integer program and
-    the network that is served, its graph run in floating point, name the same class (train/served.py).
+    the network that is served, its graph run in floating point, name the same class (train/served.py). roll_backs: epochs that
+    diverged and were done again, each at half the rate.
     """
 
     out: str | None
@@ -93,6 +95,7 @@ class Quantized:
     train_images: int
     held_out_images: int
     chosen: str
+    roll_backs: int
     layers: list[dict[str, Any]]
     seconds: float
     islands: tuple[str, ...] = ()
@@ -112,8 +115,38 @@ class Quantized:
         return {
             "command": "quantize", "out": self.out, "macro": self.macro.to_dict(), "recipe": self.recipe.to_dict(), "metrics": metrics,
             "measured_on": self.measured_on, "train_images": self.train_images, "held_out_images": self.held_out_images, "chosen": self.chosen,
-            "fully_integer": not self.islands, "islands": list(self.islands), "layers_off_macro": [], "layers": self.layers, "seconds": self.seconds,
+            "roll_backs": self.roll_backs, "fully_integer": not self.islands, "islands": list(self.islands), "layers_off_macro": [],
+            "layers": self.layers, "seconds": self.seconds,
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train_more` found: top-1 of the integer programs before and after, in percent of `images` images. recipe: of these epochs;
+    history: the recipes of all trainings before, oldest first. The rest is as in `Quantized`."""
+
+    source: str
+    out: str | None
+    macro: Macro
+    recipe: Recipe
+    history: list[Recipe]
+    before_top1: float
+    tuned_top1: float
+    agreement: float
+    images: int
+    measured_on: str
+    train_images: int
+    held_out_images: int
+    chosen: str
+    roll_backs: int
+    layers: list[dict[str, Any]]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        metrics = {name: getattr(self, name) for name in ("before_top1", "tuned_top1", "agreement", "images")}
+        about = {name: getattr(self, name) for name in ("measured_on", "train_images", "held_out_images", "chosen", "roll_backs", "layers", "seconds")}
+        recipes = {"recipe": self.recipe.to_dict(), "history": [recipe.to_dict() for recipe in self.history]}
+        return {"command": "train", "source": self.source, "out": self.out, "macro": self.macro.to_dict(), **recipes, "metrics": metrics, **about}
 
 
 @dataclass(frozen=True)
@@ -169,21 +202,6 @@ class Planned:
 
 
 # -- quantize --------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Job:
-    """The inputs of one quantization, read and checked. pixels: real = pixel * mult + add; whole: pixels are uint8."""
-
-    network: Network
-    train: Feed
-    held: Feed
-    test: Feed
-    measured_on: str
-    preprocess: Preprocess
-    pixels: Norm
-    whole: bool
-    classes: int
-
-
 def quantize(
     model: str | Path | nn.Module,
     data: str | Data,
@@ -195,6 +213,7 @@ def quantize(
     preprocess: Preprocess | dict[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
     twin: bool = True,
+    state: str | Path | None = None,
     force: bool = False,
     progress: Any = None,
 ) -> Quantized:
@@ -203,24 +222,29 @@ def quantize(
     model: a file, a built-in name or a torch module (it is not changed). data: as `load_data` reads it; needs training images.
     input_shape: what one image is for the model, (C, H, W), (C, L) or (F,), where it is not what the data set says.
     preprocess: what a pixel is worth; a dictionary changes only those fields of the default for this data set.
-    twin: also train the ideal-ADC twin equally long, which shows what the ADC alone costs. Raises RqError's kinds.
+    twin: also train the ideal-ADC twin equally long, which shows what the ADC alone costs. state: a file that is replaced after every
+    epoch; where it exists, the same job goes on from it, to the same bits on the same number of threads. Raises RqError's kinds.
     """
     started, macro, recipe, progress = time.monotonic(), macro or Macro(), recipe or Recipe(), progress or Silent()
     if out is not None:
         check_writable(out, force)
     job = prepare(model, data, arch, recipe, preprocess, input_shape, progress)
     plans(job.network.graph, macro)  # what the macro cannot hold is refused before any work
-    ready_kernels(progress, training=recipe.epochs > 0)
+    ready_kernels(progress, training=recipe.epochs + recipe.ideal_epochs > 0)
     with progress.stage("float model", 1) as done:
         float_top1 = top1(job.network, job.test)[0]
         done()
-    network, best, ptq_top1 = train_for(macro, job, recipe, progress, "")
+    stages = Stages(job, macro, recipe, progress, _runs(state, macro, job, recipe))
+    network, best = stages.calibrated(macro, "calibration")
+    ptq_top1 = _measured(network, macro, job, progress, "post-training")[1]
+    network, run = stages.main(network, best)
     saved, tuned_top1, found = _measured(network, macro, job, progress, "integer program")
     real = real_predictions(Served(network, saved.numbers), job.test.images)
-    ideal_top1 = _twin(macro, job, recipe, progress, tuned_top1) if twin else None
+    ideal_top1 = _twin(stages, tuned_top1) if twin else None
     result = Quantized(
         None if out is None else str(out), macro, recipe, float_top1, ptq_top1, tuned_top1, ideal_top1, percent(found == real), len(job.test), job.measured_on,
-        len(job.train), len(job.held), best.name, layer_table(network, job.train.real(slice(fitting_network(network, TABLE_IMAGES)))), round(time.monotonic() - started, 1),
+        len(job.train), len(job.held), run.best.name, run.roll_backs, layer_table(network, job.train.real(slice(fitting_network(network, TABLE_IMAGES)))),
+        round(time.monotonic() - started, 1),
     )  # fmt: skip
     if out is not None:
         _checkpoint(network, saved, job, recipe, result).save(out, force)
@@ -279,8 +303,14 @@ def prepare(
         network, data = fit(load_model(model, arch), data, input_shape)
         done()
     _check_classes(network, data)
+    check_augment(network, recipe)
     if not isinstance(preprocess, Preprocess):
         preprocess = replace(Preprocess.of(data.train), **(preprocess or {}))
+    return split(network, data, recipe, preprocess)
+
+
+def split(network: Network, data: Data, recipe: Recipe, preprocess: Preprocess) -> Job:
+    """The job, with the held-out images that the recipe's seed draws."""
     mult, add = preprocess.affine(data.train.shape[0])
     count = recipe.held_out or min(HELD_OUT_PEAK, max(1, len(data.train) // 10))
     rest, held = held_out(data.train, count, recipe.seed)
@@ -297,26 +327,20 @@ def _check_classes(network: Network, data: Data) -> None:
         raise InputError(f"{escaped(data.name)}: labels go up to {data.classes - 1}, but the model scores {scores[0]} classes; give the data set the model was trained for")
 
 
-def train_for(macro: Macro, job: Job, recipe: Recipe, progress: Any, prefix: str) -> tuple[Network, Candidate, float]:
-    """(the network for this macro, its chosen candidate, post-training top-1): rewritten, calibrated and fine-tuned."""
-    network = rewrite(job.network, macro)
-    with progress.stage(f"{prefix}calibration", len(read_layers(network))) as done:
-        calibrate(network, job.train.real(slice(fitting_network(network, recipe.calibration_images, CALIBRATION_VALUES))), done)
-    best = consider_norms("post-training", network, job.train, job.held, recipe, None)
-    network.load_state_dict(best.state)
-    ptq_top1 = _measured(network, macro, job, progress, f"{prefix}post-training")[1]
-    if recipe.epochs:
-        steps = recipe.epochs * steps_per_epoch(len(job.train), recipe)
-        with progress.stage(f"{prefix}fine-tuning", steps) as done:
-            best = finetune(network, job.train, job.held, recipe, best, lambda loss: done(1, f"loss {loss:.3f}"))
-    return network, best, ptq_top1
+def check_augment(network: Network, recipe: Recipe) -> None:
+    """Refuse to move what is no image."""
+    if recipe.augment != "none" and len(network.graph.input_shape) != 3:
+        raise ConfigError(f"--augment {recipe.augment} moves images, but the model takes shape {list(network.graph.input_shape)}; give --augment none")
 
 
-def _twin(macro: Macro, job: Job, recipe: Recipe, progress: Any, tuned_top1: float) -> float:
-    if macro.ideal:
+def _runs(state: str | Path | None, macro: Macro, job: Job, recipe: Recipe) -> Runs:
+    return Runs() if state is None else kept_runs(state, about_job(job.network, macro, recipe, [job.train, job.held]))
+
+
+def _twin(stages: Stages, tuned_top1: float) -> float:
+    if stages.macro.ideal:
         return tuned_top1
-    network, _, _ = train_for(macro.with_ideal_adc(), job, recipe, progress, "ideal-ADC twin: ")
-    return _measured(network, macro.with_ideal_adc(), job, progress, "ideal-ADC twin")[1]
+    return _measured(stages.twin, stages.macro.with_ideal_adc(), stages.job, stages.progress, TWIN)[1]
 
 
 @dataclass(frozen=True)
@@ -337,8 +361,80 @@ def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str
     return Lowered(program, numbers, peaks), percent(found == job.test.images.y), found
 
 
-def _checkpoint(network: Network, saved: Lowered, job: Job, recipe: Recipe, result: Quantized) -> Checkpoint:
+def _checkpoint(network: Network, saved: Lowered, job: Job, recipe: Recipe, result: Quantized | Trained) -> Checkpoint:
     return Checkpoint(result.macro, network, saved.program, saved.peaks, job.preprocess, job.classes, recipe.to_dict(), result.to_json())
+
+
+# -- train on --------------------------------------------------------------------------------------------------------
+STAYS = {
+    "seed": "it decides which images are held out", "held_out": "its images have chosen the network",
+    "calibration_images": "the network is calibrated", "ideal_epochs": "the network has met its ADC",
+    "teacher": "a .rq file holds no teacher", "distill_weight": "a .rq file holds no teacher", "distill_temperature": "a .rq file holds no teacher",
+}  # fmt: skip
+
+
+def train_more(
+    source: str | Path,
+    data: str | Data,
+    *,
+    out: str | Path | None = None,
+    recipe: dict[str, Any] | None = None,
+    state: str | Path | None = None,
+    force: bool = False,
+    progress: Any = None,
+) -> Trained:
+    """Train the network of a .rq file for more epochs through its ADC, with a schedule of its own, and save it to `out` (if given).
+
+    data: what it was made with, so that the same images are held out. recipe: settings that are not as before; those in STAYS cannot
+    change, and there is no teacher. state: as in `quantize`. Raises RqError's kinds.
+    """
+    started, progress = time.monotonic(), progress or Silent()
+    if out is not None:
+        check_writable(out, force)
+    saved = checkpoint.load(source)
+    history = recipes_of(saved, source)
+    recipe = recipe_after(history[-1], recipe or {})
+    job = _job_of(saved, load_data(data, unsplit="train") if isinstance(data, str) else data, recipe)
+    runs = _runs(state, saved.macro, job, recipe)
+    ready_kernels(progress, training=recipe.epochs > 0)
+    with progress.stage("integer program before", len(job.test)) as done:
+        before = percent(predictions(saved.program, job.test.images, done) == job.test.images.y)
+    network = saved.network
+    best = consider_norms("as before", network, job.train, job.held, recipe, None)
+    run = Stages(job, saved.macro, recipe, progress, runs).tuned(network, best, recipe, None, MAIN)
+    frozen, tuned_top1, found = _measured(network, saved.macro, job, progress, "integer program")
+    result = Trained(
+        str(source), None if out is None else str(out), saved.macro, recipe, history, before, tuned_top1, percent(found == real_predictions(Served(network, frozen.numbers), job.test.images)),
+        len(job.test), job.measured_on, len(job.train), len(job.held), run.best.name, run.roll_backs,
+        layer_table(network, job.train.real(slice(fitting_network(network, TABLE_IMAGES)))), round(time.monotonic() - started, 1),
+    )  # fmt: skip
+    if out is not None:
+        _checkpoint(network, frozen, job, recipe, result).save(out, force)
+    return result
+
+
+def recipes_of(saved: Checkpoint, source: str | Path) -> list[Recipe]:
+    """The recipes that made a file, oldest first."""
+    try:
+        return [Recipe(**fields) for fields in (*saved.results.get("history", []), saved.recipe)]
+    except (TypeError, AttributeError, ConfigError) as e:
+        raise InputError(f"{escaped(source)}: its recipe is not one of this version ({escaped(e)}); make the file again") from e
+
+
+def recipe_after(before: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe of more epochs: the one before with `changes`."""
+    for name in changes.keys() & STAYS.keys():
+        raise ConfigError(f"--{name.replace('_', '-')} cannot change when training goes on, for {STAYS[name]}; leave it out")
+    return replace(before, **{"teacher": "none", "ideal_epochs": 0, **changes})
+
+
+def _job_of(saved: Checkpoint, data: Data, recipe: Recipe) -> Job:
+    """The job of training a checkpoint on."""
+    if data.train is None:
+        raise InputError(f"{escaped(data.name)}: has no training images; give a data set with a training part (x_train, y_train)")
+    check_augment(saved.network, recipe)
+    parts = {name: images and _fitting_images(saved, data, images) for name, images in (("train", data.train), ("test", data.test))}
+    return split(saved.network, replace(data, **parts), recipe, saved.preprocess)
 
 
 # -- evaluate --------------------------------------------------------------------------------------------------------
@@ -368,7 +464,14 @@ def evaluate(
 
 
 def _images_for(saved: Checkpoint, data: Data, limit: int | None) -> tuple[Images, str]:
-    images = data.test if data.test is not None else data.train
+    images = _fitting_images(saved, data, data.test if data.test is not None else data.train)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit must be at least 1, not {limit}")
+    return (images if limit is None else subset(images, limit, seed=0)), "test" if data.test is not None else "train"
+
+
+def _fitting_images(saved: Checkpoint, data: Data, images: Images) -> Images:
+    """Images of a data set in the shape the program takes; raises InputError where they are not what it was made for."""
     wanted = saved.program.tensors[saved.program.input]
     if prod(images.shape) == prod(wanted.shape):
         images = images.reshaped(wanted.shape)
@@ -378,9 +481,7 @@ def _images_for(saved: Checkpoint, data: Data, limit: int | None) -> tuple[Image
         raise InputError(f"{escaped(data.name)}: images are {images.x.dtype}, but the model takes {wanted.dtype}; give pixels in the form it was quantized with")
     if data.classes > saved.network.graph.shape(saved.network.graph.output)[0]:
         raise InputError(f"{escaped(data.name)}: labels go up to {data.classes - 1}, but the model scores {saved.classes} classes; give the data set the model was trained for")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit must be at least 1, not {limit}")
-    return (images if limit is None else subset(images, limit, seed=0)), "test" if data.test is not None else "train"
+    return images
 
 
 def ideal_program(saved: Checkpoint) -> Program:

@@ -65,6 +65,8 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def _build(tensors: dict[str, np.ndarray], document: dict[str, Any]) -> Checkpoint:
+    if "kind" in document:
+        raise InputError(f"holds a {escaped(document['kind'])} (--state); give the .rq file that was written at the end")
     parts: dict[str, dict[str, np.ndarray]] = {"program": {}, "network": {}}
     for name, array in tensors.items():
         room, _, rest = name.partition("/")
@@ -99,7 +101,7 @@ def build_network(graph: Graph, macro: Macro, state: dict[str, torch.Tensor]) ->
     return network.eval()
 
 
-ADC_STATE = ("log_step", "zero", "thresholds", "levels")
+ADC_STATE = ("log_step", "zero", "real_zero", "thresholds", "levels")
 
 
 def _of_adc(name: str) -> bool:

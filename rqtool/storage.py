@@ -79,8 +79,8 @@ def _reason(e: Exception) -> str:
     return escaped(getattr(e, "strerror", None) or e)
 
 
-def check_writable(path: str | Path, force: bool = False) -> Path:
-    """The real target of `path` (links followed), after every refusal that can be known before the work is done.
+def check_writable(path: str | Path, force: bool = False, option: str = "--out") -> Path:
+    """The real target of `path` (links followed), after every refusal that can be known before the work is done; they name `option`.
 
     Raises ConfigError for an existing file without `force`, a folder or a device; StorageError where the folder is
     missing or takes no new file.
@@ -89,16 +89,16 @@ def check_writable(path: str | Path, force: bool = False) -> Path:
     try:
         target = Path(os.path.realpath(path))
         if target.is_dir():
-            raise ConfigError(f"{escaped(path)}: is a folder; give --out the name of a file")
+            raise ConfigError(f"{escaped(path)}: is a folder; give {option} the name of a file")
         if target.exists() and not target.is_file():
-            raise ConfigError(f"{escaped(path)}: is not a regular file; give another --out")
+            raise ConfigError(f"{escaped(path)}: is not a regular file; give another {option}")
         if target.exists() and not force:
-            raise ConfigError(f"{escaped(path)}: exists already; give --force to replace it or another --out")
+            raise ConfigError(f"{escaped(path)}: exists already; give --force to replace it or another {option}")
         descriptor, temporary = _open_temporary(target.parent)
         os.close(descriptor)
         os.unlink(temporary)
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
-        _refuse_write(path, e)
+        _refuse_write(path, e, option)
     return target
 
 
@@ -144,8 +144,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _refuse_write(path: Path, e: Exception) -> NoReturn:
-    raise StorageError(f"{escaped(path)}: cannot be written ({_reason(e)}); free or create the place, or give another --out") from e
+def _refuse_write(path: Path, e: Exception, option: str = "--out") -> NoReturn:
+    raise StorageError(f"{escaped(path)}: cannot be written ({_reason(e)}); free or create the place, or give another {option}") from e
 
 
 # -- tensors with a document -------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""What all tests share: real data that may be absent, deterministic hypothesis, two threads."""
+"""What all tests share: real data that may be absent, deterministic hypothesis, two threads or one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -37,3 +37,14 @@ def shared_data() -> Callable[[str], Path]:
 def shared_model() -> Callable[[str], Path]:
     """shared_model("lenetbn_mnist.pt") is its path; the test is skipped where the file is absent."""
     return partial(_shared, "models")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For modules whose tensors are so small that a second thread only waits: `pytestmark = pytest.mark.usefixtures("one_thread")`."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -129,6 +129,55 @@ def test_an_unknown_pixel_setting_is_a_mistake_of_the_caller():
         rqtool.quantize(net(), DATA, preprocess={"means": 1})
 
 
+# -- train_more ------------------------------------------------------------------------------------------------------------
+def test_a_file_is_trained_on(made, tmp_path):
+    result = rqtool.train_more(made / "m.rq", DATA, out=tmp_path / "t.rq", recipe={"epochs": 2, "lr": 5e-4})
+    first = checkpoint.load(made / "m.rq")
+    assert result.recipe == Recipe(epochs=2, batch=20, lr=5e-4) and result.history == [Recipe(epochs=1, batch=20)]
+    assert result.before_top1 == first.results["metrics"]["tuned_top1"] and (result.images, result.measured_on) == (20, "test")
+    assert rqtool.evaluate(tmp_path / "t.rq", DATA).top1 == result.tuned_top1
+    saved = checkpoint.load(tmp_path / "t.rq")
+    assert saved.results == result.to_json() and saved.recipe == result.recipe.to_dict() and saved.macro == first.macro
+    assert rqtool.verify(tmp_path / "t.rq")["integers"] > 0
+
+
+def test_no_more_epochs_keep_the_network_as_it_is(made, tmp_path):
+    """Its batch norm may be measured anew, if the held-out images say so."""
+    rqtool.train_more(made / "m.rq", DATA, out=tmp_path / "t.rq", recipe={"epochs": 0})
+    before, after = (checkpoint.load(p).network.state_dict() for p in (made / "m.rq", tmp_path / "t.rq"))
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if "running" not in name and "num_batches" not in name)
+
+
+def test_the_same_images_are_held_out(made, monkeypatch):
+    splits = []
+    right = api.held_out
+    monkeypatch.setattr(api, "held_out", lambda images, count, seed: splits.append((count, seed)) or right(images, count, seed))
+    rqtool.quantize(net(), DATA, recipe=Recipe(epochs=0, held_out=7, seed=3), twin=False)
+    rqtool.train_more(made / "m.rq", DATA, recipe={"epochs": 0})
+    assert splits == [(7, 3), (4, 0)]
+
+
+@pytest.mark.parametrize("name", api.STAYS)
+def test_what_stays_cannot_be_changed(made, name):
+    with pytest.raises(ConfigError) as e:
+        rqtool.train_more(made / "m.rq", DATA, recipe={name: 1})
+    assert str(e.value) == f"--{name.replace('_', '-')} cannot change when training goes on, for {api.STAYS[name]}; leave it out"
+
+
+def test_a_recipe_of_another_version_is_refused(made, tmp_path):
+    saved = checkpoint.load(made / "m.rq")
+    saved.recipe = {"epochz": 1}
+    saved.save(tmp_path / "x.rq")
+    with pytest.raises(InputError, match=r"x\.rq: its recipe is not one of this version \(.*'epochz'\); make the file again$"):
+        rqtool.train_more(tmp_path / "x.rq", DATA)
+
+
+def test_training_on_needs_training_images(made):
+    with pytest.raises(InputError) as e:
+        rqtool.train_more(made / "m.rq", Data("halves", None, images(20), 2))
+    assert str(e.value) == "halves: has no training images; give a data set with a training part (x_train, y_train)"
+
+
 # -- evaluate, export, plan ------------------------------------------------------------------------------------------------
 def test_min_acc_passes_at_what_was_reached(made):
     top1 = rqtool.evaluate(made / "m.rq", DATA).top1
@@ -297,7 +346,7 @@ def paths(value: Any, types: dict[str, str], path: str = "") -> set[str]:
 @pytest.mark.parametrize(
     ("section", "line"),
     [
-        ("error", "plan nowhere.pt"), ("eval", "eval m.rq --data test_api:data"), ("export", "export m.rq --out x.onnx --images 1"), ("verify", "verify m.rq m.onnx"),
+        ("error", "plan nowhere.pt"), ("train", "train m.rq --data test_api:data --epochs 0 --out t.rq"), ("eval", "eval m.rq --data test_api:data"), ("export", "export m.rq --out x.onnx --images 1"), ("verify", "verify m.rq m.onnx"),
         ("plan", "plan demo"), ("inspect", "inspect m.pt"), ("inspect of a .rq file", "inspect m.rq"), ("inspect of an .onnx file", "inspect m.onnx"),
         ("presets", "presets"), ("ops", "ops"), ("doctor", "doctor"),
     ],

@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from conftest import REPOSITORY
 from torch import nn
 
-from rqtool import Preprocess, Recipe, api, make_macro
+from rqtool import Preprocess, Recipe, api, checkpoint, make_macro
 from rqtool.cli import options
 from rqtool.cli.main import COMMANDS, explain, run
 from rqtool.errors import CheckError, ConfigError, CoverageError, InputError, RqError, StorageError
@@ -140,6 +141,29 @@ def test_quantize_prints_a_table(rqtool):
     assert [line.split(":")[0] for line in ran.err.splitlines()] == [
         "reading", "kernels (compiled on first use)", "float model", "calibration", "post-training", "integer program"
     ]  # fmt: skip
+
+
+def test_train_goes_on_where_a_file_is(rqtool):
+    ran = rqtool("train", "m.rq", "--data", f"{HERE}:data", "--epochs", "1", "--batch", "30", "--out", "t.rq")
+    lines = ran.out.splitlines()
+    assert ran.code == 0 and lines[0] == f"macro  {Macro().describe()}"
+    assert [line.rsplit(maxsplit=1)[0] for line in lines[3:5]] == ["before", "after"]
+    assert "trained before  0 epochs" in lines and "trained         1 epoch on 81 images, seed 0" in lines and "file            t.rq" in lines
+    again = rqtool("train", "t.rq", "--data", f"{HERE}:data", "--json").json  # the recipe is the file's: one epoch
+    assert (again["out"], again["recipe"]["epochs"], again["recipe"]["batch"]) == ("t-trained.rq", 1, 30)
+    assert [recipe["epochs"] for recipe in again["history"]] == [0, 1] and Path("t-trained.rq").exists()
+    assert rqtool("train", "m.rq", "--data", f"{HERE}:data", "--out", "t.rq").err == "error: t.rq: exists already; give --force to replace it or another --out\n"
+
+
+def test_the_same_command_goes_on_from_its_state(rqtool, monkeypatch):
+    line = ["quantize", "m.pt", *NET, "--epochs", "2", "--batch", "30", "--no-twin", "--out", "a.rq"]
+    assert rqtool(*line, "--state", "s").code == 0 and Path("s").exists()
+    ran = rqtool(*line, "--state", "s", "--force")
+    assert ran.code == 0 and "2 epochs were done before" in ran.err
+    assert rqtool("eval", "s", "--data", "demo").err == "error: s: holds a training state (--state); give the .rq file that was written at the end\n"
+    told = "s: is the state of another job (--lr was 0.001 and is 0.1); give the command it was made with, or another --state"
+    ran = rqtool(*line, "--state", "s", "--force", "--lr", "0.1")
+    assert (ran.code, ran.err.splitlines()[-1]) == (2, f"error: {told}")
 
 
 def test_quantize_names_the_file_after_the_model(rqtool):
@@ -283,9 +307,11 @@ MACRO_VALUES = {
     "step": ("2.5", 2.5), "levels": ("uniform", "uniform"), "pack": ("kernels", "kernels"),
 }  # fmt: skip
 RECIPE_VALUES = {
-    "epochs": ("3", 3), "batch": ("32", 32), "lr": ("1e-4", 1e-4), "weight_decay": ("0.5", 0.5), "mode": ("ste", "ste"), "seed": ("7", 7), "tau_start": ("0.5", 0.5),
+    "ideal_epochs": ("2", 2), "teacher": ("float", "float"), "distill_weight": ("0.7", 0.7), "distill_temperature": ("4", 4.0), "augment": ("shift", "shift"),
+    "epochs": ("3", 3), "batch": ("32", 32), "lr": ("1e-4", 1e-4), "weight_decay": ("0.5", 0.5), "mode": ("ste", "ste"), "zero": ("learned", "learned"), "seed": ("7", 7), "tau_start": ("0.5", 0.5),
     "tau_end": ("0.1", 0.1), "hard_share": ("0.3", 0.3), "warmup": ("0.2", 0.2), "calibration_images": ("11", 11), "norm_images": ("12", 12), "held_out": ("13", 13),
 }  # fmt: skip
+AGAIN_VALUES = {name: value for name, value in RECIPE_VALUES.items() if name not in api.STAYS}
 PIXEL_VALUES = {"mean": ("0.5,0.25", (0.5, 0.25)), "std": ("2", (2.0,)), "scale": ("0.125", 0.125)}
 
 
@@ -300,6 +326,7 @@ def meant(values: dict[str, tuple[str, Any]]) -> dict[str, Any]:
 def test_there_is_an_option_for_every_field():
     assert [f.name for f in options.MACRO] == ["macro", *FIELDS] == list(MACRO_VALUES)
     assert {f.name for f in options.RECIPE} == set(Recipe().to_dict()) == set(RECIPE_VALUES)
+    assert {f.name for f in options.AGAIN} == set(AGAIN_VALUES) and set(options.FIRST_TIME) == set(api.STAYS)
     assert {f.name for f in options.PIXELS} == set(Preprocess().to_dict()) == set(PIXEL_VALUES)
 
 
@@ -315,14 +342,14 @@ def test_the_help_tells_the_defaults():
 
 def test_quantize_reaches_every_parameter(rqtool, called):
     seen = called("quantize")
-    everything = [*words(MACRO_VALUES), *words(RECIPE_VALUES), *words(PIXEL_VALUES), "--arch", "a.b:c", "--input", "3,32,32", "--out", "o.rq", "--no-twin", "--force"]
+    everything = [*words(MACRO_VALUES), *words(RECIPE_VALUES), *words(PIXEL_VALUES), "--arch", "a.b:c", "--input", "3,32,32", "--out", "o.rq", "--state", "s", "--no-twin", "--force"]
     assert rqtool("quantize", "m.pt", "--data", "d.npz", *everything, "--threads", str(torch.get_num_threads()), "--json") == Ran(0, '{"done": true}\n', "")
     macro = make_macro("nthu-2019", **{name: value for name, value in meant(MACRO_VALUES).items() if name != "macro"})
     progress = seen.pop("progress")
     assert hasattr(progress, "stage")
     assert seen == {
         "model": "m.pt", "data": "d.npz", "macro": macro, "arch": "a.b:c", "out": "o.rq", "recipe": Recipe(**meant(RECIPE_VALUES)),
-        "preprocess": meant(PIXEL_VALUES), "input_shape": (3, 32, 32), "twin": False, "force": True,
+        "preprocess": meant(PIXEL_VALUES), "input_shape": (3, 32, 32), "twin": False, "state": "s", "force": True,
     }  # fmt: skip
 
 
@@ -332,13 +359,18 @@ def test_quantize_without_options_leaves_every_default(rqtool, called):
     seen.pop("progress")
     assert seen == {
         "model": "nets/my.net.pt", "data": "d.npz", "macro": Macro(adc_bits=None), "arch": None, "out": "my.net.rq", "recipe": Recipe(), "preprocess": {},
-        "input_shape": None, "twin": True, "force": False,
+        "input_shape": None, "twin": True, "state": None, "force": False,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("line", "function", "expected"),
     [
+        ("train m.rq --data d", "train_more", {"source": "m.rq", "data": "d", "out": "m-trained.rq", "recipe": {}, "state": None, "force": False}),
+        (
+            f"train a/m.rq --data d --out o.rq --state s --force {' '.join(words(AGAIN_VALUES))}", "train_more",
+            {"source": "a/m.rq", "data": "d", "out": "o.rq", "recipe": meant(AGAIN_VALUES), "state": "s", "force": True},
+        ),
         ("eval m.rq --data d --adc ideal --limit 5 --min-acc 98.5", "evaluate", {"source": "m.rq", "data": "d", "adc": "ideal", "limit": 5, "min_acc": 98.5}),
         ("eval m.rq --data d", "evaluate", {"source": "m.rq", "data": "d", "adc": "real", "limit": None, "min_acc": None}),
         (
@@ -377,7 +409,7 @@ WRITE = [*QUICK, "--out", "a.rq"]
 REFUSALS = {
     # usage: 2
     "quantise": (2, "there is no command 'quantise'; did you mean 'quantize'?"),
-    "xyz": (2, "there is no command 'xyz'; choose one of demo, doctor, eval, export, inspect, ops, plan, presets, quantize, verify"),
+    "xyz": (2, "there is no command 'xyz'; choose one of demo, doctor, eval, export, inspect, ops, plan, presets, quantize, train, verify"),
     "plan demo --adc-bit 3": (2, "rqtool plan has no option --adc-bit; did you mean '--adc-bits'?"),
     "plan demo --xyz": (2, "rqtool plan has no option --xyz; see rqtool plan --help"),
     "--xyz": (2, "rqtool has no option --xyz; see rqtool --help"),
@@ -414,7 +446,17 @@ REFUSALS = {
     "export m.rq a.onnx --out b.onnx": (2, "--out and a file after --onnx both name what to write; give one of them"),
     "export m.rq --onnx": (2, "m.onnx: exists already; give --force to replace it or another --out"),
     "plan demo --macro key.toml": (2, "a macro has no 'adc_bit'; did you mean 'adc_bits'?"),
+    f"quantize m.pt --data {HERE}:data --arch {HERE}:net --out a.rq --state .": (2, ".: is a folder; give --state the name of a file"),
+    f"train m.rq --data {HERE}:data --augment crop": (2, "--augment crop is not known; choose one of none, shift, shift-flip"),
+    "train m.rq --data d --ideal-epochs 3": (2, "rqtool train has no option --ideal-epochs; did you mean '--epochs'?"),
     # files: 3
+    f"quantize m.pt --data {HERE}:data --arch {HERE}:net --out a.rq --state text.rq": (
+        3, "text.rq: is not an rqtool file, or is damaged (its first bytes are no safetensors header); give a .rq file",
+    ),
+    f"quantize m.pt --data {HERE}:data --arch {HERE}:net --out a.rq --state m.rq": (
+        3, "m.rq: holds no training state; give --state the name of a file that is not there yet",
+    ),
+    "train m.rq --data demo": (3, "demo: images have shape [1, 28, 28], but the model takes [1, 8, 8]; give the data set it was made for"),
     "plan demo --macro bad.toml": (3, "bad.toml: is not TOML (Expected ']' at the end of a table declaration (at line 1, column 7)); see docs/hardware.md for an example"),
     "plan demo --macro none.toml": (3, "none.toml: has no [macro] table; see docs/hardware.md for an example"),
     "plan demo --macro gone.toml": (3, "gone.toml: cannot be read (No such file or directory); give a readable TOML file"),
@@ -553,6 +595,22 @@ def test_eval_from_the_shell_keeps_the_streams_apart(folder):
     ran = shell("rqtool eval m.rq --data few.npz --json", folder)
     assert ran.returncode == 0 and json.loads(ran.stdout)["metrics"]["images"] == 30 and ran.stdout.count("\n") == 1
     assert [line.split(":")[0] for line in ran.stderr.splitlines()] == ["kernels (compiled on first use)", "integer program"]
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(folder):
+    """Killed without a word as soon as there is a state; the epochs after that are done by the second call."""
+    job = [sys.executable, "-m", "rqtool", "quantize", "m.pt", *NET, "--epochs", "20", "--batch", "10", "--no-twin", "--threads", "1"]
+    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}"}
+    started = subprocess.Popen([*job, "--out", "killed.rq", "--state", "s"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while started.poll() is None and not Path("s").exists():
+        time.sleep(0.01)
+    started.kill()
+    started.wait()
+    assert Path("s").exists() and not Path("killed.rq").exists()
+    for out, state in (("killed.rq", ["--state", "s"]), ("whole.rq", [])):
+        subprocess.run([*job, "--out", out, *state], env=env, check=True, capture_output=True)
+    killed, whole = (checkpoint.load(name) for name in ("killed.rq", "whole.rq"))
+    assert killed.program.sha256() == whole.program.sha256() and killed.results["metrics"] == whole.results["metrics"]
 
 
 @pytest.mark.parametrize("line", ["presets", "--help"])

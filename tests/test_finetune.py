@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -19,16 +18,12 @@ from rqtool.model.data import Images
 from rqtool.model.network import Network
 from rqtool.train import finetune as module
 from rqtool.train.calibrate import calibrate
-from rqtool.train.finetune import Candidate, Feed, Recipe, consider, consider_norms, finetune, fitting, optimizer, rate, steps_per_epoch, temperature, top1
+from rqtool.train.distill import Teacher
+from rqtool.train.finetune import Candidate, Feed, Recipe, Run, batch_order, consider, consider_norms, finetune, fitting, optimizer, rate, steps_per_epoch, temperature, top1
+from rqtool.train.relax import MODES
 from rqtool.train.rewrite import read_layers, rewrite
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The network is so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 MULT, ADD = np.array([1 / 255]), np.array([-0.5])
@@ -78,14 +73,15 @@ def started(macro: Macro = FEW_BITS) -> Network:
 def tuned(recipe: Recipe, macro: Macro = FEW_BITS) -> tuple[Network, Candidate, Candidate]:
     network = started(macro)
     before = consider("calibrated", network, HELD, None)
-    return network, before, finetune(network, TRAIN, HELD, recipe, before)
+    return network, before, finetune(network, TRAIN, HELD, recipe, before).best
 
 
 RECIPE = Recipe(epochs=4, batch=32, lr=1e-2, norm_images=300)
+WORST = Candidate("worst", -1.0, 1e9, {})
 
 
 # -- what comes out ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("mode", ["relaxed", "ste"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("macro", [FEW_BITS, Macro(adc_bits=2, in_bits=2, w_bits=3, sign_scheme="split", granularity="column"), Macro(levels="free", adc_bits=2, in_bits=2, w_bits=2)], ids=Macro.describe)
 def test_a_toy_problem_gets_better(mode, macro):
     network, before, best = tuned(replace(RECIPE, mode=mode), macro)
@@ -95,7 +91,7 @@ def test_a_toy_problem_gets_better(mode, macro):
     assert not network.training and all(layer.relaxation is None for layer in read_layers(network).values())
 
 
-@pytest.mark.parametrize("mode", ["relaxed", "ste"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_same_seed_gives_the_same_bits(mode):
     recipe = replace(RECIPE, epochs=1, mode=mode)
     (one, _, first), (two, _, second) = tuned(recipe), tuned(recipe)
@@ -118,9 +114,34 @@ def test_no_epochs_leave_the_calibrated_network():
 def test_every_parameter_that_can_learn_does():
     network = started()
     start = deepcopy(network.state_dict())
-    finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), Candidate("worst", -1.0, 1e9, {}))
+    finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), WORST)
     unchanged = {name for name, value in network.state_dict().items() if torch.equal(value, start[name])}
-    assert unchanged <= {f"layers.{layer}.{role}" for layer in "06" for role in ("zero", "input.zero")}
+    assert unchanged <= {f"layers.{layer}.{role}" for layer in "06" for role in ("zero", "real_zero", "input.zero")}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_zero_learns_where_it_is_asked_to(mode):
+    """What is served is always the whole code next to what was learned, one step before the end."""
+    network, seen = started(), []
+    recipe = replace(RECIPE, epochs=2, zero="learned", mode=mode, lr=0.3)
+    run = finetune(network, TRAIN, HELD, recipe, WORST, lambda loss: seen.append([(layer.real_zero.item(), int(layer.zero)) for layer in read_layers(network).values()]))
+    assert len({real for step in seen for real, _ in step}) > 10 and len({zero for step in seen for _, zero in step}) > 1
+    for before, after in zip(seen, seen[1:]):
+        assert all(zero == min(3, max(0, np.floor(real + 0.5))) for (real, _), (_, zero) in zip(before, after))
+    assert same_states(run, finetune(started(), TRAIN, HELD, recipe, WORST))
+    assert top1(network, HELD) == (run.best.top1, run.best.loss)
+
+
+@pytest.mark.parametrize("macro", [replace(FEW_BITS, codebook="sign-magnitude"), replace(FEW_BITS, range="full"), replace(FEW_BITS, levels="free"), FEW_BITS.with_ideal_adc()], ids=Macro.describe)
+def test_a_zero_that_is_nobody_s_choice_stays(macro):
+    network = started(macro)
+    finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1, zero="learned"), WORST)
+    layers = read_layers(network).values()
+    assert not any(layer.zero_can_move() for layer in layers) and (macro.ideal or all(int(layer.zero) == macro.zero for layer in layers))
+
+
+def same_states(a: Run, b: Run) -> bool:
+    return all(torch.equal(value, b.network[name]) for name, value in a.network.items())
 
 
 def test_more_than_one_batch_is_needed_for_nothing():
@@ -128,7 +149,7 @@ def test_more_than_one_batch_is_needed_for_nothing():
     few = toy(20, 3)
     assert steps_per_epoch(20, RECIPE) == 1 and steps_per_epoch(320, RECIPE) == 10 and steps_per_epoch(350, RECIPE) == 10
     losses = []
-    finetune(started(), few, HELD, replace(RECIPE, epochs=2), Candidate("worst", -1.0, 1e9, {}), losses.append)
+    finetune(started(), few, HELD, replace(RECIPE, epochs=2), WORST, losses.append)
     assert len(losses) == 2
 
 
@@ -137,7 +158,7 @@ def test_held_out_images_decide():
     """A candidate that is perfect on the held-out images stays, whatever training reaches."""
     network = started()
     state = deepcopy(network.state_dict())
-    best = finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), Candidate("perfect", 100.0, 0.0, state))
+    best = finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), Candidate("perfect", 100.0, 0.0, state)).best
     assert best.name == "perfect"
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in state.items())
 
@@ -181,7 +202,7 @@ def test_the_temperature_falls_geometrically_and_ends_hard():
 
 def test_the_last_steps_run_without_noise():
     network, seen = started(), []
-    finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), Candidate("worst", -1.0, 1e9, {}), lambda loss: seen.append([layer.relaxation for layer in read_layers(network).values()]))
+    finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), WORST, lambda loss: seen.append([layer.relaxation for layer in read_layers(network).values()]))
     taus = [[r.tau if r else None for r in step] for step in seen]
     assert len(taus) == 10 and taus[0] == [0.3, 0.3] and taus[7][0] > 0.08 and taus[8:] == [[None, None]] * 2
     seeds = [r.seed for step in seen[:8] for r in step]
@@ -201,6 +222,103 @@ def test_only_weight_matrices_decay():
     assert len(decayed) + len(others) == sum(p.requires_grad for p in network.parameters())
 
 
+# -- roll-backs ----------------------------------------------------------------------------------------------------------
+class Poisoned(Feed):
+    """Training images that come as NaN in certain batches, counted over the whole run."""
+
+    def __init__(self, feed: Feed, batches: set[int]) -> None:
+        self.images, self.mult, self.add = feed.images, feed.mult, feed.add
+        self.poisoned, self.asked = batches, 0
+
+    def real(self, index):
+        if not isinstance(index, slice):  # batch norm is measured on slices
+            self.asked += 1
+        return super().real(index) * (float("nan") if self.asked - 1 in self.poisoned and not isinstance(index, slice) else 1)
+
+
+class Rates(torch.optim.AdamW):
+    """AdamW that remembers the rate of every step it makes."""
+
+    def step(self, closure=None):
+        self.rates = [*getattr(self, "rates", ()), self.param_groups[0]["lr"]]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("macro", [FEW_BITS, FEW_BITS.with_ideal_adc()], ids=["reads", "ideal"])
+def test_an_epoch_that_diverges_is_done_again_at_half_the_rate(monkeypatch, macro):
+    """Batch 14 is the fifth of the second epoch; its NaN never reaches a weight."""
+    recipe, runs, optims = replace(RECIPE, epochs=2), [], []
+    right = module.optimizer
+    monkeypatch.setattr(torch.optim, "AdamW", Rates)
+    monkeypatch.setattr(module, "optimizer", lambda *args: optims.append(right(*args)) or optims[-1])
+    run = finetune(started(macro), Poisoned(TRAIN, {14}), HELD, recipe, WORST, epoch_done=runs.append)
+    assert [(r.epoch, r.roll_backs) for r in runs] == [(1, 0), (1, 1), (2, 1)] and run.roll_backs == 1
+    assert all(torch.equal(value, runs[1].network[name]) for name, value in runs[0].network.items())
+    rates = optims[0].rates
+    assert len(rates) == 10 + 4 + 10 and rates[14:18] == [r / 2 for r in rates[10:14]]
+    assert all(torch.isfinite(value).all() for value in run.best.state.values())
+
+
+def test_the_weights_stay_as_they_are_where_the_loss_is_no_number():
+    network = started(FEW_BITS.with_ideal_adc())
+    state, optim = deepcopy(network.state_dict()), optimizer(network, RECIPE)
+    with pytest.raises(FloatingPointError, match="^the loss is not a number$"):
+        module._step(network.train(), optim, torch.full((4, 1, 6, 6), torch.nan), torch.zeros(4, dtype=torch.long), None)
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items() if "running" not in name and "num_batches" not in name)
+
+
+def test_a_gradient_that_is_no_number_makes_no_step():
+    network = started(FEW_BITS.with_ideal_adc())
+    network.layer("6").weight.register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(FloatingPointError, match="^the gradient is not a number$"):
+        module._step(network.train(), optimizer(network, RECIPE), TRAIN.real(slice(8)), TRAIN.labels(slice(8)), None)
+    assert torch.isfinite(network.layer("6").weight).all()
+
+
+class Overflows(torch.optim.AdamW):
+    """AdamW whose every step leaves one weight infinite."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].view(-1)[0] = torch.inf
+
+
+def test_a_last_step_that_overflows_is_rolled_back_too(monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", Overflows)
+    with pytest.raises(CheckError) as e:
+        finetune(started(FEW_BITS.with_ideal_adc()), toy(20, 3), HELD, replace(RECIPE, epochs=1), WORST)
+    assert str(e.value) == f"{GIVEN_UP}a weight is not a number after 1 of 1 steps; lower --lr 0.01"
+
+
+def test_the_fourth_failure_ends_the_run():
+    with pytest.raises(CheckError) as e:
+        finetune(started(), Poisoned(TRAIN, {0, 3, 5, 7}), HELD, replace(RECIPE, epochs=1), WORST)
+    assert str(e.value) == GIVEN_UP + NOT_FINITE
+    assert finetune(started(), Poisoned(TRAIN, {0, 3, 5}), HELD, replace(RECIPE, epochs=1), WORST).roll_backs == 3
+
+
+# -- going on ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("macro", [FEW_BITS, Macro(adc_bits=None)], ids=Macro.describe)
+def test_a_run_goes_on_to_the_same_bits(macro):
+    """Also with a batch order, noise, dropout, augmentation and a teacher that depend on the step."""
+    recipe, runs = replace(RECIPE, epochs=3, augment="shift-flip", zero="learned"), []
+    teacher = Teacher(float_network(), 0.5, 2.0)
+    whole = finetune(started(macro), TRAIN, HELD, recipe, WORST, teacher=teacher, epoch_done=runs.append)
+    for start in runs:
+        again = finetune(started(macro), TRAIN, HELD, recipe, WORST, teacher=teacher, start=start)
+        assert (again.epoch, again.best.name, again.best.loss) == (3, whole.best.name, whole.best.loss)
+        for a, b in ((again.network, whole.network), (again.optim, whole.optim), (again.best.state, whole.best.state)):
+            assert a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    orders = [batch_order(50, 3, epoch) for epoch in range(3)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert not any(np.array_equal(orders[a], orders[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    assert not np.array_equal(orders[0], batch_order(50, 4, 0)) and np.array_equal(orders[1], batch_order(50, 3, 1))
+
+
 # -- images --------------------------------------------------------------------------------------------------------------
 def test_a_feed_hands_out_real_values_and_labels():
     feed = Feed(Images(np.arange(12, dtype=np.uint8).reshape(3, 2, 1, 2), np.array([4, 5, 6])), np.array([2.0, 10.0]), np.array([0.5, -1.0]))
@@ -212,21 +330,31 @@ def test_a_feed_hands_out_real_values_and_labels():
 
 
 # -- errors --------------------------------------------------------------------------------------------------------------
+GIVEN_UP = "epoch 1 of 1 diverged, also after 3 roll-backs to half the rate each: "
+NOT_FINITE = "0: its inputs or weights are not finite numbers, so a read has no code for them; lower --lr, or check the model's weights and the images"
+
+
 def test_a_loss_that_is_no_number_ends_training():
     broken = Feed(Images(np.full((64, 1, 6, 6), np.inf, np.float32), np.zeros(64, np.int64)), MULT, ADD)
     network = started(Macro(adc_bits=None))
     with torch.no_grad():
         network.layer("6").bias.fill_(float("nan"))
     with pytest.raises(CheckError) as e:
-        finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), Candidate("worst", -1.0, 1e9, {}))
-    assert str(e.value) == "the loss is not a number after 1 of 10 steps; lower --lr 0.01"
+        finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), WORST)
+    assert str(e.value) == f"{GIVEN_UP}the loss is not a number after 0 of 10 steps; lower --lr 0.01, or check the model's weights and the images"
     with pytest.raises(CheckError) as e:
-        finetune(started(), broken, HELD, replace(RECIPE, epochs=1), Candidate("worst", -1.0, 1e9, {}))
-    assert str(e.value) == "0: its inputs or weights are not finite numbers, so a read has no code for them; lower --lr, or check the model's weights and the images"
+        finetune(started(), broken, HELD, replace(RECIPE, epochs=1), WORST)
+    assert str(e.value) == f"{GIVEN_UP}the gradient is not a number after 0 of 2 steps; lower --lr 0.01, or check the model's weights and the images"
 
 
 WRONG = {
-    "--mode soft is not known; choose one of relaxed, ste": {"mode": "soft"},
+    "--mode soft is not known; choose one of gumbel, mean, relaxed, ste": {"mode": "soft"},
+    "--zero moves is not known; choose one of fixed, learned": {"zero": "moves"},
+    "--teacher floats is not known; did you mean 'float'?": {"teacher": "floats"},
+    "--augment crop is not known; choose one of none, shift, shift-flip": {"augment": "crop"},
+    "--ideal-epochs must be a whole number of at least 0, not -1": {"ideal_epochs": -1},
+    "--distill-weight must be from 0 to 1, not 1.5": {"distill_weight": 1.5},
+    "--distill-temperature must be a positive number, not 0": {"distill_temperature": 0},
     "--mode relax is not known; did you mean 'relaxed'?": {"mode": "relax"},
     "--epochs must be a whole number of at least 0, not -1": {"epochs": -1},
     "--epochs must be a whole number of at least 0, not 1.5": {"epochs": 1.5},

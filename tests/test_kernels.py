@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,14 +22,7 @@ from rqtool.program import golden, run
 from rqtool.program.ir import Op, Program, Tensor
 from rqtool.train.relax import Relaxation, slope_tables
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The layers are so small that a second thread only waits; tests of threads name their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- random layers: shapes wider than those of programs.py ---------------------------------------------------------------
@@ -407,6 +399,28 @@ def test_gradients_on_both_clip_edges(carrier, mult, zero, top):
         assert float(dx.flat[0]) == 1.5 * sign * inside[n]
         assert float(dw[column, 0]) == 1.5 * abs(value) * inside[n]
         assert float(dstep[0, column]) == pytest.approx(1.5 * expected_step[n], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize("drawn", [-0.75, -0.25, 0.0, 0.25, 0.75])
+@pytest.mark.parametrize(("mult", "zero", "top"), [(8191, 2, 3), (4681, 8, 15), (32767, 0, 15), (3277, 7, 14)])
+def test_gradients_on_both_clip_edges_with_noise(carrier, mult, zero, top, drawn):
+    """As above with a noise that is known: it moves the code, and stays out of p / step, so the step's gradient is q - u * slope."""
+    macro = Macro(wl=1, in_bits=7, w_bits=2, adc_bits=4 if top > 3 else 2, codebook="sign-magnitude" if top == 14 else "twos")
+    plan = Plan.make("layer", Geometry(1, 2), macro)
+    spec = make_spec(plan, np.array([[mult]]), np.array([[zero]]), np.ones((1, 1)))
+    tables = slope_tables(torch.tensor([[mult]]), torch.tensor([[zero]]), 15, top, 0.3, macro.p_min, macro.p_max)
+    tables = replace(tables, row=np.zeros((1, 2), np.int64))
+    spec = replace(spec, tables=tables, noise=Noise(np.full(1 << 17, drawn, np.float32), 3))
+    low, high = round(-(zero + 0.5 + drawn) * 2**15 / mult), round((top - zero + 0.5 - drawn) * 2**15 / mult)
+    for value in {p for edge in (low, high, 0) for p in range(edge - 3, edge + 4) if -127 <= p <= 127}:
+        x, column = np.array([abs(value)]).reshape(1, 1, 1, 1), int(value < 0)
+        gy = np.zeros((1, 2, 1, 1))
+        gy[0, column] = 1.5
+        w = np.array([[1], [-1]])
+        slope_of = lambda p, t: torch.from_numpy(tables.slope[0].astype(np.float64))[p.long() - macro.p_min]  # noqa: E731
+        for got, expected in zip(CARRIERS[carrier](x, w, spec, gy), explicit_gradients(x, w, spec, gy, drawn, slope_of)):
+            assert np.allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_table_gradients_do_not_move_the_step():

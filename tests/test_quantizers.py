@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,14 +11,7 @@ from hypothesis import strategies as st
 
 from rqtool.train.quantizers import MANTISSA_BITS, InputQuantizer, WeightQuantizer, round_ste, sample, snap_scale
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def input_quantizer(bits: int, scale: float, zero: int = 0) -> InputQuantizer:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from test_kernels import explicit_gradients
 from torch import nn
 from torch.nn import functional as F
 
 from rqtool.errors import CheckError
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
+from rqtool.kernels.spec import Noise, make_spec
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import input_planes, weight_planes
 from rqtool.program import golden
@@ -21,15 +23,9 @@ from rqtool.program.ir import Op, Program, Tensor
 from rqtool.train.frozen import frozen_layer
 from rqtool.train.layers import ReadLayer, adc_numbers
 from rqtool.train.reads import pad_codes, split_planes
-from rqtool.train.relax import Relaxation
+from rqtool.train.relax import Relaxation, mean_slope
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Every way to cut weights and inputs, with partial sums that 8 bits hold at step 1.
@@ -212,6 +208,69 @@ def test_noise_is_drawn_in_training_only_and_repeats():
     assert torch.equal(first, second) and not torch.equal(first, hard)
     layer.relaxation = Relaxation(0.5, 4)
     assert not torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("name", ["layer", "column", "tile"])
+@pytest.mark.parametrize("drawn", [None, -0.6, 0.4])
+def test_a_step_s_gradient_is_that_of_the_explicit_function(name, drawn, monkeypatch):
+    """Through the whole layer, with hard codes (None) and with a noise that is known; a third of the reads clip."""
+    macro, g = Macro(granularity=name, adc_bits=3, wl=5), Geometry(2, 4, (3, 3))
+    layer = layer_of(macro, g).train()
+    with torch.no_grad():
+        layer.log_step.copy_((20 + 10 * torch.rand(layer.log_step.shape, generator=torch.Generator().manual_seed(8))).log())
+    if drawn is not None:
+        monkeypatch.setattr(Relaxation, "noise", lambda self: Noise(np.full(1 << 17, drawn, np.float32), 1))
+        layer.relaxation = Relaxation(0.3, 1)
+    x, w = codes_and_weights(macro, g)
+    gy = torch.randn(2, 4, 4, 5, generator=torch.Generator().manual_seed(9))
+    (layer.read(x, w) * gy).sum().backward()
+    numbers = layer.adc()
+    spec = make_spec(layer.plan, *(a.numpy() for a in (numbers.mult, numbers.zero, numbers.gain)))
+    rate = (numbers.mult.double() / 2.0**macro.shift).expand(len(layer.plan.tiles), 4)
+    slope_of = None if drawn is None else lambda p, t: mean_slope(p * rate[t].view(1, -1, 1) + macro.zero, macro.top, 0.3)
+    dx, dw, dstep = explicit_gradients(x.detach().numpy(), w.detach().numpy(), spec, gy.numpy(), drawn or 0.0, slope_of)
+    shared = [d for d in (0, 1) if layer.log_step.shape[d] == 1]
+    expected = torch.from_numpy(dstep).sum(shared, keepdim=True) * layer.log_step.detach().exp()
+    assert torch.allclose(layer.log_step.grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    for got, want in ((x.grad, dx), (w.grad, dw)):
+        assert np.allclose(got.numpy(), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["layer", "column", "tile", "split", "serial"])
+@pytest.mark.parametrize("mode", ["ste", "relaxed", "mean"])
+def test_a_zero_s_gradient_is_the_sum_over_all_reads(name, mode):
+    """step * (m' - 1), or for hard codes -step where a read clips; with partial sums on both clip edges."""
+    about = {"sign_scheme": "split", "codebook": "twos"} if name == "split" else {"dac_bits": 2} if name == "serial" else {"granularity": name}
+    macro, g = Macro(adc_bits=3, wl=5, **about), Geometry(2, 4, (3, 3))
+    layer = layer_of(macro, g).train()
+    layer.set_zero(3)
+    layer.real_zero.requires_grad_()
+    with torch.no_grad():
+        layer.log_step.copy_((10 + 4 * torch.rand(layer.log_step.shape, generator=torch.Generator().manual_seed(8))).log())
+    layer.relaxation = None if mode == "ste" else Relaxation(0.3, 1, mode)
+    x, w = codes_and_weights(macro, g)
+    gy = torch.randn(2, 4, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    y = layer.read(x, w)
+    (y * gy.float()).sum().backward()
+    numbers, expected = layer.adc(), 0.0
+    step = numbers.step.expand(len(layer.plan.tiles), 4)
+    for a, b in product(zip(layer.plan.input_planes, split_planes(x, layer.plan.input_planes)), zip(layer.plan.weight_planes, split_planes(w, layer.plan.weight_planes))):
+        rows = F.unfold(a[1].detach().double(), g.kernel)
+        for t, (first, last) in enumerate(layer.plan.tiles):
+            p, s = torch.einsum("ok,nkl->nol", b[1].detach().double()[:, first:last], rows[:, first:last]), step[t].view(1, -1, 1)
+            code = torch.floor(p / s + 0.5) + 3
+            slope = ((code >= 0) & (code <= 7)).double() if mode == "ste" else mean_slope(p / s + 3, 7, 0.3)
+            expected += float((a[0].factor * b[0].factor * gy.flatten(2) * s * (slope - 1)).sum())
+    assert layer.real_zero.grad.item() == pytest.approx(expected, rel=2e-3 if name == "tile" else 1e-4)
+    layer.real_zero.requires_grad_(False)
+    assert torch.equal(layer.read(x, w), y)
+
+
+def test_a_state_without_a_learned_zero_is_read():
+    layer, other = layer_of(Macro(), GEOMETRIES["conv"]), layer_of(Macro(), GEOMETRIES["conv"])
+    layer.set_zero(11)
+    other.load_state_dict({name: value for name, value in layer.state_dict().items() if name != "real_zero"})
+    assert (int(other.zero), other.real_zero.item()) == (11, 11.0)
 
 
 @pytest.mark.parametrize("name", ["layer", "column", "tile"])

@@ -38,6 +38,20 @@ def test_the_mean_is_that_of_many_samples(u, tau):
 
 
 @pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("u", [-0.5, 0.0, 0.5, 6.2, 14.5, 15.5])
+def test_slope_and_variance_are_those_of_many_samples(u, tau):
+    """The slope by the score of the noise, which knows nothing of sigmoids: d E[code] / du = E[code * (2 r - 1)] / tau."""
+    r = np.random.default_rng(1).random(400_000)
+    codes = np.clip(np.floor(u + tau * np.log(r / (1 - r)) + 0.5), 0, 15)
+    terms = (codes - codes.mean()) * (2 * r - 1) / tau
+    assert abs(terms.mean() - mean_slope(torch.tensor(u, dtype=torch.float64), 15, tau).item()) < 5 * max(terms.std(), 0.02) / np.sqrt(r.size)
+    chances, k = probabilities(u, 15, tau), np.arange(16)
+    variance = chances @ k**2 - (chances @ k) ** 2
+    fourth = chances @ (k - chances @ k) ** 4
+    assert abs(codes.var() - variance) < 5 * max(np.sqrt(fourth), 0.02) / np.sqrt(r.size)
+
+
+@pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("top", [1, 3, 15])
 def test_the_slope_is_the_derivative_of_the_mean(top, tau):
     u = torch.linspace(-3, top + 3, 997, dtype=torch.float64)

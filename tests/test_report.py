@@ -19,7 +19,8 @@ LAYER = {
     "zero": 8, "clip_rate": 0.01234,
 }  # fmt: skip
 QUANTIZED = {
-    "command": "quantize", "out": "m.rq", "macro": Macro().to_dict(), "recipe": {"epochs": 1, "seed": 3},
+    "command": "quantize", "out": "m.rq", "macro": Macro().to_dict(), "recipe": {"epochs": 1, "seed": 3, "ideal_epochs": 0, "teacher": "none", "augment": "none"},
+    "roll_backs": 0,
     "metrics": {"float_top1": 92.1, "ptq_top1": 88.888, "tuned_top1": 90.0, "ideal_top1": 91.5, "adc_loss": 1.5, "agreement": 99.9, "images": 1000, "reads_per_mac": 1 / 9},
     "measured_on": "test", "train_images": 900, "held_out_images": 100, "chosen": "epoch 1", "fully_integer": True, "islands": [], "layers_off_macro": [],
     "layers": [LAYER], "seconds": 12.34,
@@ -57,6 +58,33 @@ def test_what_is_not_there_is_a_dash_or_a_word():
     assert [line.split() for line in lines if line.startswith(("ideal", "loss"))] == [["ideal-ADC", "twin", "-"], ["loss", "to", "the", "ADC", "-"]]
     assert lines[10].split() == ["conv1", "27", "16", "3", "0.11", "-", "-", "1.23"]
     assert "file                  not saved" in lines and "fully integer         no, but for softmax" in lines
+
+
+def test_what_is_not_the_default_of_the_recipe_is_told():
+    recipe = {"epochs": 2, "seed": 0, "ideal_epochs": 1, "teacher": "float", "augment": "shift"}
+    lines = results.quantized({**QUANTIZED, "recipe": recipe, "roll_backs": 2}).splitlines()
+    assert "trained               2 epochs on 900 images, seed 0, after 1 epoch with an ideal ADC, float teacher, shift; rolled back 2 times, each to half the rate" in lines
+
+
+def test_the_closing_table_of_train():
+    history = [{"epochs": 2, "ideal_epochs": 1}, {"epochs": 1, "ideal_epochs": 0}]
+    data = {**QUANTIZED, "command": "train", "source": "m.rq", "out": "t.rq", "history": history, "metrics": {"before_top1": 90.0, "tuned_top1": 90.25, "agreement": 100.0, "images": 1000}}
+    assert results.trained(data) == """\
+macro  9 wordlines, 8 I/O, 4-bit ADC (twos, layer, calibrated), 4-bit inputs, 4-bit weights, signed
+
+top-1 on 1000 test images      %
+before                     90.00
+after                      90.25
+
+layer  rows  columns  tiles  reads/MAC   step  zero  clipped %
+conv1    27       16      3       0.11  33.46     8       1.23
+
+trained before  4 epochs
+trained         1 epoch on 900 images, seed 3
+chosen          epoch 1, by 100 held-out images
+agreement       integer program and network in floating point name the same class on 100.00 % of the images
+file            t.rq
+seconds         12.34"""
 
 
 def test_results_that_a_file_claims_are_only_data():

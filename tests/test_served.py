@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from styles import STYLES, Model, Style, captured
-from test_freeze import IMAGES, MACROS, every_style, one_thread, prepared  # noqa: F401 (one_thread is a fixture)
+from test_freeze import IMAGES, MACROS, every_style, prepared
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,6 +23,8 @@ from rqtool.program.run import Runner
 from rqtool.train.frozen import lower
 from rqtool.train.rewrite import read_layers
 from rqtool.train.served import Served
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def lowered(network: Network, macro: Macro, shape: tuple[int, ...], whole: bool) -> tuple[Served, Program, torch.Tensor]:

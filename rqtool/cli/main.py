@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from rqtool import __version__
-from rqtool.cli import about, demo, evaluate, export, inspect, plan, quantize, verify
+from rqtool.cli import about, demo, evaluate, export, inspect, plan, quantize, train, verify
 from rqtool.cli.help import Command, Group
 from rqtool.cli.options import option
 from rqtool.cli.output import help_width, open_streams, say, silence_stdout, write_result
@@ -23,8 +23,8 @@ from rqtool.cli.usage import is_usage_error, usage_sentence
 from rqtool.errors import RqError, StorageError, escaped
 
 COMMANDS = {
-    "quantize": quantize.quantize, "eval": evaluate.evaluate, "export": export.export, "verify": verify.verify, "plan": plan.plan, "inspect": inspect.inspect,
-    "presets": about.presets, "ops": about.ops, "doctor": about.doctor, "demo": demo.demo,
+    "quantize": quantize.quantize, "train": train.train, "eval": evaluate.evaluate, "export": export.export, "verify": verify.verify, "plan": plan.plan,
+    "inspect": inspect.inspect, "presets": about.presets, "ops": about.ops, "doctor": about.doctor, "demo": demo.demo,
 }  # fmt: skip
 
 

@@ -7,8 +7,9 @@ values.py, for the checks and their sentences belong to the public functions.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_type_hints
@@ -29,6 +30,7 @@ DataSource = Annotated[str, option("--data", metavar="SRC", help=IMAGES)]
 Arch = Annotated[str | None, option("--arch", metavar="NET", help=NETWORK)]
 InputShape = Annotated[str | None, option("--input", metavar="C,H,W", help="The shape of one input of the model, where it is not known otherwise.")]
 Threads = Annotated[str | None, option("--threads", metavar="N", help="Threads for torch and the kernels (default: torch's own choice).")]
+State = Annotated[str | None, option("--state", metavar="FILE", help="Keep the state of training here after every epoch; where it exists, go on from it.")]
 Force = Annotated[bool, option("--force", help="Replace files that exist.")]
 
 
@@ -79,10 +81,16 @@ MACRO = (
 )
 RECIPE = (
     Flag("epochs", "N", "Epochs of fine-tuning; 0 only calibrates (default 2).", values.whole),
+    Flag("ideal_epochs", "N", "Epochs with an ideal ADC before these (default 0).", partial(values.whole, low=0)),
+    Flag("teacher", "float|ideal|none", "Also learn the scores of the float network, or of the ideal-ADC twin (default none).", values.as_given),
+    Flag("distill_weight", "X", "The teacher's share of the loss (default 0.5).", values.number),
+    Flag("distill_temperature", "X", "Scores are divided by it before they are compared (default 2).", values.number),
+    Flag("augment", "KIND", "Move training images a little: none, shift or shift-flip (default none).", values.as_given),
     Flag("batch", "N", "Images in a step (default 64).", values.whole),
     Flag("lr", "X", "Peak learning rate (default 0.001).", values.number),
     Flag("weight_decay", "X", "Of weight matrices (default 0.0001).", values.number),
-    Flag("mode", "relaxed|ste", "Gradients through noisy codes, or straight through (default relaxed).", values.as_given),
+    Flag("mode", "KIND", "Gradients through noisy codes, straight through, or soft codes: relaxed, ste, mean or gumbel (default relaxed).", values.as_given),
+    Flag("zero", "fixed|learned", "Whether the ADC's code of p = 0 stays as calibrated; learning it is slow (default fixed).", values.as_given),
     Flag("seed", "N", "Of batches, noise and held-out images (default 0).", partial(values.whole, low=0)),
     Flag("tau_start", "X", "Noise in codes at the start (default 0.3).", values.number),
     Flag("tau_end", "X", "Noise in codes where it ends (default 0.08).", values.number),
@@ -92,6 +100,8 @@ RECIPE = (
     Flag("norm_images", "N", "Images that re-estimate batch norm (default 2048).", values.whole),
     Flag("held_out", "N", "Training images kept to choose by (default a tenth, 5000 at most).", partial(values.whole, low=1)),
 )
+FIRST_TIME = ("seed", "held_out", "calibration_images", "ideal_epochs", "teacher", "distill_weight", "distill_temperature")
+AGAIN = tuple(replace(f, help=f"{re.split(r'[;(]', f.help)[0].strip()} (default: as before).") for f in RECIPE if f.name not in FIRST_TIME)
 PIXELS = (
     Flag("mean", "X[,X...]", "Subtracted from pixels, one for all channels or one each (default 0).", values.numbers),
     Flag("std", "X[,X...]", "Divides pixels after that (default 1).", values.numbers),

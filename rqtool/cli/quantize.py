@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import rqtool
 from rqtool.cli import values
-from rqtool.cli.options import MACRO, PIXELS, RECIPE, Arch, DataSource, Force, InputShape, Threads, argument, macro_of, option, shows, takes, use_threads
+from rqtool.cli.options import MACRO, PIXELS, RECIPE, Arch, DataSource, Force, InputShape, State, Threads, argument, macro_of, option, shows, takes, use_threads
 from rqtool.cli.progress import make_progress
 from rqtool.report import results
 
@@ -26,6 +26,7 @@ def quantize(
     input: InputShape = None,
     out: Annotated[str | None, option("--out", metavar="FILE.rq", help="The file to write (default: named like the model, in the current folder).")] = None,
     no_twin: Annotated[bool, option("--no-twin", help="Do not train the ideal-ADC twin, which shows what the ADC alone costs.")] = False,
+    state: State = None,
     threads: Threads = None,
     force: Force = False,
 ) -> dict[str, Any]:
@@ -37,6 +38,6 @@ def quantize(
     use_threads(threads)
     done = rqtool.quantize(
         model, data, described, arch=arch, out=out or f"{Path(model).stem}.rq", recipe=rqtool.Recipe(**recipe), preprocess=pixels, input_shape=shape,
-        twin=not no_twin, force=force, progress=make_progress(),
+        twin=not no_twin, state=state, force=force, progress=make_progress(),
     )  # fmt: skip
     return done.to_json()

@@ -5,6 +5,8 @@ It is also the readable form of the gradients: `forward` and `backward` stand si
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -119,3 +121,17 @@ def backward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Te
         dx.append(F.fold(drows.flatten(1, 2), part.shape[2:], g.kernel, g.dilation, 0, g.stride))
     dw = _untiled(dw.transpose(1, 2).contiguous(), spec, dim=2).reshape(g.columns, g.rows)
     return torch.cat(dx), dw, dstep.transpose(0, 1).reshape(len(spec.tiles), g.columns)
+
+
+def table_gradient(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> torch.Tensor:
+    """The gradient float64 [rows, P] of every entry of `spec.tables.value`: the sum of gy over the reads that looked it up."""
+    reads, g = _Reads(weight, spec, x.dtype), spec.geometry
+    rows, span = spec.tables.value.shape
+    row = reads.per_read(spec.tables.row, x.device, torch.long)
+    positions, total = math.prod(_positions(x, spec)), torch.zeros(rows * span, dtype=torch.float64, device=x.device)
+    for part, gpart in zip(_chunks(x, spec, positions), _chunks(gy, spec, positions)):
+        p = reads.partial_sums(_columns(part, spec))
+        index = row * span + (p.long() - spec.tables.p_min)
+        grad = gpart.flatten(2).unflatten(1, (g.groups, 1, -1)).expand(p.shape)
+        total += torch.bincount(index.flatten(), grad.flatten().double(), minlength=rows * span)
+    return total.view(rows, span)

@@ -41,17 +41,46 @@ def _layer_row(r: Data) -> list[Any]:
 
 def _closing(data: Data) -> list[tuple[str, str]]:
     integer = "yes" if data["fully_integer"] else f"no, but for {', '.join(data['islands'])}"
-    epochs = data["recipe"]["epochs"]
     return [
         ("fully integer", integer),
         ("layers off the macro", ", ".join(data["layers_off_macro"]) or "none"),
         ("reads per MAC", number(data["metrics"]["reads_per_mac"])),
-        ("trained", f"{epochs} epoch{'s' * (epochs != 1)} on {data['train_images']} images, seed {data['recipe']['seed']}"),
-        ("chosen", f"{data['chosen']}, by {data['held_out_images']} held-out images"),
-        ("agreement", f"integer program and network in floating point name the same class on {number(data['metrics']['agreement'])} % of the images"),
+        *_how(data),
         ("file", data["out"] or "not saved"),
         ("seconds", number(data["seconds"])),
     ]
+
+
+def trained(data: Data, width: int | None = None) -> str:
+    """The closing figures of `train`."""
+    m = data["metrics"]
+    rows = [("before", number(m["before_top1"])), ("after", number(m["tuned_top1"]))]
+    figures = table([f"top-1 on {m['images']} {data['measured_on']} images", "%"], rows, width)
+    before = sum(recipe["epochs"] + recipe["ideal_epochs"] for recipe in data["history"])
+    closing = [("trained before", _epochs(before)), *_how(data), ("file", data["out"] or "not saved"), ("seconds", number(data["seconds"]))]
+    return paragraphs(pairs([("macro", _macro(data))], width), figures, _layers(data, width), pairs(closing, width))
+
+
+def _how(data: Data) -> list[tuple[str, str]]:
+    return [
+        ("trained", _trained(data)),
+        ("chosen", f"{data['chosen']}, by {data['held_out_images']} held-out images"),
+        ("agreement", f"integer program and network in floating point name the same class on {number(data['metrics']['agreement'])} % of the images"),
+    ]
+
+
+def _trained(data: Data) -> str:
+    """Epochs, images and seed; what is not the default of the recipe is told too."""
+    recipe = data["recipe"]
+    before = f", after {_epochs(recipe['ideal_epochs'])} with an ideal ADC" if recipe["ideal_epochs"] else ""
+    teacher = "" if recipe["teacher"] == "none" else f", {recipe['teacher']} teacher"
+    augment = "" if recipe["augment"] == "none" else f", {recipe['augment']}"
+    rolled = f"; rolled back {data['roll_backs']} times, each to half the rate" if data["roll_backs"] else ""
+    return f"{_epochs(recipe['epochs'])} on {data['train_images']} images, seed {recipe['seed']}{before}{teacher}{augment}{rolled}"
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' * (count != 1)}"
 
 
 def evaluated(data: Data, width: int | None = None) -> str:

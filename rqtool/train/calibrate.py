@@ -115,28 +115,32 @@ def set_adc(layer: ReadLayer, histogram: np.ndarray) -> None:
         return
     if macro.range == "calibrated":
         step, zero = optimal_uniform(histogram, macro)
-        layer.zero.fill_(zero)
+        layer.set_zero(zero)
     else:
         step = adc.full_scale_step(macro.p_min, macro.p_max, macro.zero, macro.top) if macro.range == "full" else macro.step
     layer.log_step.copy_(torch.as_tensor(np.array(np.broadcast_to(step, layer.log_step.numel()))).view_as(layer.log_step).log())
 
 
 @torch.no_grad()
-def _calibrate_layer(layer: ReadLayer, x: torch.Tensor) -> None:
-    layer.input.calibrate(x)
-    layer.weights.calibrate(layer.weight.reshape(layer.plan.geometry.columns, -1))
+def _calibrate_layer(layer: ReadLayer, x: torch.Tensor, scales: bool) -> None:
+    if scales:
+        layer.input.calibrate(x)
+        layer.weights.calibrate(layer.weight.reshape(layer.plan.geometry.columns, -1))
     if not layer.plan.macro.ideal:
         codes = pad_codes(layer.input(x), layer.plan.geometry.padding, int(layer.input.zero))
         set_adc(layer, partial_sum_histogram(codes, layer.weight_codes(), layer.plan))
 
 
 @torch.no_grad()
-def calibrate(network: Network, x: torch.Tensor, done: Callable[[], None] = lambda: None) -> None:
-    """Set every layer's quantisers and ADC from a batch of real-valued inputs x [N, ...]; `done` is called after each layer."""
+def calibrate(network: Network, x: torch.Tensor, done: Callable[[], None] = lambda: None, *, scales: bool = True) -> None:
+    """Set every layer's quantisers and ADC from a batch of real-valued inputs x [N, ...]; `done` is called after each layer.
+
+    scales: off where the scales of inputs and weights are learned already, and only the ADCs are to be set.
+    """
     layers = read_layers(network)
 
     def one(layer: ReadLayer, value: torch.Tensor) -> None:
-        _calibrate_layer(layer, value)
+        _calibrate_layer(layer, value, scales)
         done()
 
     for layer in layers.values():

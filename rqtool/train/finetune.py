@@ -1,11 +1,15 @@
-"""Fine-tuning through the ADC: AdamW on weights, scales and steps, noise that cools and ends hard, selection on held-out images."""
+"""Fine-tuning through the ADC: AdamW on weights, scales and steps, noise that cools and ends hard, selection on held-out images.
+
+An epoch depends on the recipe, its number and the `Run` before it, on nothing else: an epoch that diverged is done again from there
+at half the rate, and a run that was interrupted goes on from there to the same bits.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,32 +20,39 @@ from torch.nn import functional as F
 from rqtool.errors import CheckError, ConfigError, escaped, suggestion
 from rqtool.model.data import Images
 from rqtool.model.network import Network
+from rqtool.train.augment import AUGMENTS, augmented
 from rqtool.train.calibrate import reestimate_norms
+from rqtool.train.distill import TEACHERS, Teacher
 from rqtool.train.relax import MODES, Relaxation
 from rqtool.train.rewrite import read_layers
 
 EVAL_BATCH = 250
 NORM_BATCH = 256
 HELD_VALUES = 1 << 26  # numbers in the largest tensor of a batch, where nothing asks for a certain batch
+ROLL_BACKS = 3  # epochs done again at half the rate, before a run is given up
+GRADIENT_PEAK = 5.0  # the norm to which longer gradients are cut
 
-
-WHOLE_FIELDS = {"epochs": 0, "batch": 2, "seed": 0, "calibration_images": 2, "norm_images": 2, "held_out": 1}
+CHOICES = {"mode": MODES, "zero": ("fixed", "learned"), "teacher": TEACHERS, "augment": AUGMENTS}
+WHOLE_FIELDS = {"epochs": 0, "ideal_epochs": 0, "batch": 2, "seed": 0, "calibration_images": 2, "norm_images": 2, "held_out": 1}
 TINY, HUGE = 1e-12, 1e12
 REAL_FIELDS = {
     "lr": (TINY, HUGE, "a positive number"), "weight_decay": (0, HUGE, "a number of at least 0"), "hard_share": (0, 1, "from 0 to 1"),
     "tau_start": (TINY, HUGE, "a positive number"), "tau_end": (TINY, HUGE, "a positive number"), "warmup": (0, 0.99, "from 0 to 0.99"),
+    "distill_weight": (0, 1, "from 0 to 1"), "distill_temperature": (TINY, HUGE, "a positive number"),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune. Temperatures are in codes; `hard_share` of the steps at the end run without noise."""
+    """How to fine-tune. Temperatures tau are in codes; `hard_share` of the steps at the end run without noise."""
 
     epochs: int = 2
+    ideal_epochs: int = 0  # epochs with an ideal ADC, before these
     batch: int = 64
     lr: float = 1e-3
     weight_decay: float = 1e-4
     mode: str = "relaxed"
+    zero: str = "fixed"
     seed: int = 0
     tau_start: float = 0.3
     tau_end: float = 0.08
@@ -50,10 +61,15 @@ class Recipe:
     calibration_images: int = 512
     norm_images: int = 2048
     held_out: int | None = None  # None: a tenth of the training images, 5,000 at most
+    teacher: str = "none"
+    distill_weight: float = 0.5
+    distill_temperature: float = 2.0
+    augment: str = "none"
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"--mode {escaped(self.mode)} is not known; {suggestion(str(self.mode), MODES)}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"--{name} {escaped(getattr(self, name))} is not known; {suggestion(str(getattr(self, name)), known)}")
         for name, low in WHOLE_FIELDS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -173,31 +189,102 @@ def consider_norms(name: str, network: Network, train: Feed, held: Feed, recipe:
     return best
 
 
-def finetune(network: Network, train: Feed, held: Feed, recipe: Recipe, best: Candidate, step_done: Callable[[float], None] = lambda loss: None) -> Candidate:
-    """The best candidate after `recipe.epochs` epochs; `network` ends in its state. step_done(loss) is called after each step.
+@dataclass(frozen=True)
+class Run:
+    """Fine-tuning between two epochs: all that the next one starts from.
 
-    Raises CheckError where the loss is not a number.
+    epoch: epochs done. roll_backs: epochs that diverged so far; each halved the rate. network: the state of the network; optim: what
+    AdamW keeps of each parameter, "NUMBER/NAME" (empty before the first step).
     """
-    order, optim = np.random.default_rng(recipe.seed), optimizer(network, recipe)
-    torch.manual_seed(recipe.seed)
-    per_epoch = steps_per_epoch(len(train), recipe)
-    total, step = recipe.epochs * per_epoch, 0
-    for epoch in range(recipe.epochs):
-        network.train()
-        shuffled = order.permutation(len(train))
-        for n in range(per_epoch):
-            index = np.sort(shuffled[n * recipe.batch : (n + 1) * recipe.batch])
-            _prepare(network, optim, recipe, step, total)
-            loss = _step(network, optim, train.real(index), train.labels(index))
-            step += 1
-            if not math.isfinite(loss):
-                raise CheckError(f"the loss is not a number after {step} of {total} steps; lower --lr {recipe.lr:g}")
-            step_done(loss)
-        _quiet(network)
-        best = consider_norms(f"epoch {epoch + 1}", network, train, held, recipe, best)
-    network.load_state_dict(best.state)
+
+    epoch: int
+    roll_backs: int
+    best: Candidate
+    network: dict[str, torch.Tensor]
+    optim: dict[str, torch.Tensor]
+
+
+def finetune(
+    network: Network, train: Feed, held: Feed, recipe: Recipe, best: Candidate, step_done: Callable[[float], None] = lambda loss: None, *,
+    teacher: Teacher | None = None, start: Run | None = None, epoch_done: Callable[[Run], None] = lambda run: None,
+) -> Run:  # fmt: skip
+    """Train until `recipe.epochs` epochs are done; `network` ends in the state of the run's best candidate (`best` is the first).
+
+    start: go on from there. step_done(loss) is called after each step, epoch_done(run) after each epoch and roll-back. An epoch that
+    diverges is done again at half the rate; raises CheckError where that has not helped three times.
+    """
+    for layer in read_layers(network).values():
+        if layer.zero_can_move():
+            layer.real_zero.requires_grad_(recipe.zero == "learned")
+    optim = optimizer(network, recipe)
+    run = start or _run(0, 0, best, network, optim)
+    while run.epoch < recipe.epochs:
+        _restore(run, network, optim)
+        try:
+            _epoch(network, optim, train, recipe, run, teacher, step_done)
+            best = consider_norms(f"epoch {run.epoch + 1}", network, train, held, recipe, run.best)
+            run = _run(run.epoch + 1, run.roll_backs, best, network, optim)
+        except CheckError as e:
+            run = _rolled_back(run, recipe, e)
+        epoch_done(run)
+    network.load_state_dict(run.best.state)
     network.eval()
-    return best
+    return run
+
+
+def _epoch(
+    network: Network, optim: torch.optim.Optimizer, train: Feed, recipe: Recipe, run: Run, teacher: Teacher | None, step_done: Callable[[float], None]
+) -> None:
+    network.train()
+    torch.manual_seed(_seed(recipe.seed, run.epoch))
+    order, per_epoch = batch_order(len(train), recipe.seed, run.epoch), steps_per_epoch(len(train), recipe)
+    first, total = run.epoch * per_epoch, recipe.epochs * per_epoch
+    for step in range(first, first + per_epoch):
+        index = np.sort(order[(step - first) * recipe.batch : (step - first + 1) * recipe.batch])
+        _prepare(network, optim, recipe, step, total, 0.5**run.roll_backs)
+        x = augmented(train.real(index), recipe.augment, (recipe.seed, step))
+        try:
+            step_done(_step(network, optim, x, train.labels(index), teacher))
+        except FloatingPointError as e:
+            raise CheckError(f"{e} after {step} of {total} steps; lower --lr {recipe.lr:g}, or check the model's weights and the images") from e
+    _quiet(network)
+    if not all(torch.isfinite(value).all() for value in network.state_dict().values()):
+        raise CheckError(f"a weight is not a number after {first + per_epoch} of {total} steps; lower --lr {recipe.lr:g}")
+
+
+def batch_order(images: int, seed: int, epoch: int) -> np.ndarray:
+    """The order int64 [images] in which an epoch takes the images: the (epoch + 1)-th permutation of the seed's stream."""
+    stream = np.random.default_rng(seed)
+    for _ in range(epoch):
+        stream.permutation(images)
+    return stream.permutation(images)
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+def _run(epoch: int, roll_backs: int, best: Candidate, network: Network, optim: torch.optim.Optimizer) -> Run:
+    kept = {f"{number}/{name}": value.clone() for number, values in optim.state_dict()["state"].items() for name, value in values.items()}
+    return Run(epoch, roll_backs, best, copy.deepcopy(network.state_dict()), kept)
+
+
+def _restore(run: Run, network: Network, optim: torch.optim.Optimizer) -> None:
+    """Network and optimizer as they were; both get copies."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in run.optim.items():
+        number, name = key.split("/")
+        state.setdefault(int(number), {})[name] = value.clone()
+    network.load_state_dict(run.network)
+    optim.load_state_dict({"state": state, "param_groups": optim.state_dict()["param_groups"]})
+
+
+def _rolled_back(run: Run, recipe: Recipe, e: CheckError) -> Run:
+    """The run before the epoch that diverged, at half the rate; raises CheckError where that was done often enough."""
+    if run.roll_backs == ROLL_BACKS:
+        where = f"epoch {run.epoch + 1} of {recipe.epochs} diverged, also after {ROLL_BACKS} roll-backs to half the rate each"
+        raise CheckError(f"{where}: {e}") from e
+    return replace(run, roll_backs=run.roll_backs + 1)
 
 
 def steps_per_epoch(images: int, recipe: Recipe) -> int:
@@ -205,12 +292,12 @@ def steps_per_epoch(images: int, recipe: Recipe) -> int:
     return max(1, images // recipe.batch)
 
 
-def _prepare(network: Network, optim: torch.optim.Optimizer, recipe: Recipe, step: int, total: int) -> None:
+def _prepare(network: Network, optim: torch.optim.Optimizer, recipe: Recipe, step: int, total: int, share: float) -> None:
     for group in optim.param_groups:
-        group["lr"] = rate(recipe, step / total)
+        group["lr"] = share * rate(recipe, step / total)
     tau = temperature(recipe, step / total)
     for n, layer in enumerate(read_layers(network).values()):
-        layer.relaxation = None if tau is None else Relaxation(tau, (recipe.seed * 1_000_003 + step) * 1024 + n)
+        layer.relaxation = None if tau is None else Relaxation(tau, (recipe.seed * 1_000_003 + step) * 1024 + n, recipe.mode)
 
 
 def _quiet(network: Network) -> None:
@@ -218,10 +305,15 @@ def _quiet(network: Network) -> None:
         layer.relaxation = None
 
 
-def _step(network: Network, optim: torch.optim.Optimizer, x: torch.Tensor, labels: torch.Tensor) -> float:
+def _step(network: Network, optim: torch.optim.Optimizer, x: torch.Tensor, labels: torch.Tensor, teacher: Teacher | None) -> float:
+    """The loss of a batch, before the step it makes. Raises FloatingPointError, and makes no step, where loss or gradient is no number."""
     optim.zero_grad(set_to_none=True)
-    loss = F.cross_entropy(network(x), labels)
+    scores = network(x)
+    loss = F.cross_entropy(scores, labels) if teacher is None else teacher.loss(scores, x, labels)
+    if not torch.isfinite(loss):
+        raise FloatingPointError("the loss is not a number")
     loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+    if not torch.isfinite(nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_PEAK)):
+        raise FloatingPointError("the gradient is not a number")
     optim.step()
     return float(loss.detach())

@@ -23,8 +23,9 @@ from rqtool.kernels.choose import FLOAT32_WHOLE
 from rqtool.kernels.spec import ReadSpec, Tables, free_level_spec, make_spec, over_reads
 from rqtool.mapping.plan import FREE_LEVEL_PEAK, Plan
 from rqtool.train.quantizers import InputQuantizer, WeightQuantizer
-from rqtool.train.reads import pad_codes, reads, split_planes, table_reads, unpadded
-from rqtool.train.relax import Relaxation, slope_tables
+from rqtool.train.reads import moving_zero, pad_codes, reads, split_planes, table_reads, unpadded
+from rqtool.train.relax import Relaxation, inside_tables, slope_tables
+from rqtool.train.soft import CALLS
 
 LEVEL_BITS = 3  # a free level is a whole number of eighths of a partial-sum unit
 
@@ -78,7 +79,8 @@ def adc_numbers(step: torch.Tensor, zero: torch.Tensor, macro: Macro) -> AdcNumb
 class ReadLayer(nn.Module):
     """A layer on the macro; takes the place of model.network.Conv and has its signature.
 
-    relaxation: noise and slope of the current training step, None for hard codes (`ste`). watch(layer, codes, weights) sees the
+    relaxation: noise and slope of the current training step, None for hard codes (`ste`). real_zero: what a learned zero is before it
+    is rounded to the code `zero`, which is what is served; it learns where its requires_grad is set. watch(layer, codes, weights) sees the
     padded input codes and the weights of each call. calibrating: a function that sets quantisers from the input before use.
     """
 
@@ -91,12 +93,19 @@ class ReadLayer(nn.Module):
         if not macro.ideal:
             self.log_step = nn.Parameter(torch.zeros(group_shape(plan), dtype=torch.float64), requires_grad=macro.range == "calibrated" and macro.levels == "uniform")
             self.register_buffer("zero", torch.full((1, 1), macro.zero, dtype=torch.int64))
+            self.real_zero = nn.Parameter(self.zero.double(), requires_grad=False)
             if macro.levels == "free":
                 self.register_buffer("thresholds", torch.zeros(macro.top, dtype=torch.int64))
                 self.register_buffer("levels", torch.zeros(macro.top + 1, dtype=torch.int64))
         self.relaxation: Relaxation | None = None
         self.watch: Callable | None = None
         self.calibrating: Callable | None = None
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """A state from before zeros were learned has the code alone."""
+        if prefix + "zero" in state_dict:
+            state_dict.setdefault(prefix + "real_zero", state_dict[prefix + "zero"].double())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # -- numbers -----------------------------------------------------------------------------------------------------
     def weight_codes(self) -> torch.Tensor:
@@ -105,6 +114,23 @@ class ReadLayer(nn.Module):
 
     def adc(self) -> AdcNumbers:
         return adc_numbers(self.log_step.detach().exp().clamp(min=1.0), self.zero, self.plan.macro)
+
+    def zero_can_move(self) -> bool:
+        """Whether the code of p = 0 is anyone's choice: in a fixed range or another code book it is not."""
+        macro = self.plan.macro
+        return macro.codebook == "twos" and macro.range == "calibrated" and macro.levels == "uniform" and not macro.ideal
+
+    @torch.no_grad()
+    def set_zero(self, zero: torch.Tensor | int) -> None:
+        """Make `zero` the code of p = 0."""
+        self.zero.copy_(torch.as_tensor(zero))
+        self.real_zero.copy_(torch.as_tensor(zero))
+
+    def learned_zero(self) -> torch.Tensor:
+        """float64 [1, 1]: the code of p = 0 with the gradient of `real_zero`; the code that is served follows it."""
+        with torch.no_grad():
+            self.zero.copy_(torch.floor(self.real_zero + 0.5).clamp(0, self.plan.macro.top))
+        return self.real_zero + (self.zero - self.real_zero).detach()
 
     # -- forward -----------------------------------------------------------------------------------------------------
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -164,14 +190,18 @@ class ReadLayer(nn.Module):
         return F.conv2d(codes, ones, None, g.stride, 0, g.dilation, g.groups)
 
     def _uniform_call(self) -> Callable:
-        numbers, macro, relax = self.adc(), self.plan.macro, self.relaxation if self.training else None
-        real = self.log_step.exp().clamp(min=1.0)
+        macro, relax = self.plan.macro, self.relaxation if self.training else None
+        zero = self.learned_zero() if self.training and self.real_zero.requires_grad else None
+        numbers, real = self.adc(), self.log_step.exp().clamp(min=1.0)
         step = (real + (numbers.step - real).detach()).float()
+        if relax and relax.mode in CALLS:
+            return CALLS[relax.mode](self.plan, step, numbers.zero if zero is None else zero, relax)
         tables = slope_tables(numbers.mult, numbers.zero, macro.shift, macro.top, relax.tau, macro.p_min, macro.p_max) if relax else None
         tables = Tables(tables.p_min, over_rows(tables.row, self.plan), tables.slope) if tables else None
         spec = unpadded(make_spec(self.plan, *(t.numpy() for t in (numbers.mult, numbers.zero, numbers.gain)), tables=tables))
         unit = numbers.unit.float()
-        return lambda x, w, pair: reads(x, w, step, with_noise(spec, relax, pair), unit)
+        call = lambda x, w, pair: reads(x, w, step, with_noise(spec, relax, pair), unit)  # noqa: E731
+        return call if zero is None else moving_zero(call, zero, spec, zero_tables(numbers, self.plan, relax))
 
     def _free_call(self) -> Callable:
         spec = unpadded(free_spec(self.plan, self.thresholds, self.levels))
@@ -185,6 +215,15 @@ class ReadLayer(nn.Module):
             numbers = self.adc()
             spec = unpadded(make_spec(self.plan, *(t.numpy() for t in (numbers.mult, numbers.zero, numbers.gain))))
         return lambda x, w, pair: table_reads(x, w, spec)
+
+
+def zero_tables(numbers: AdcNumbers, plan: Plan, relax: Relaxation | None) -> Tables:
+    """How the value of a read answers to the zero, as the slope of tables over p: step * (m' - 1), or -step where a hard code clips."""
+    macro = plan.macro
+    about = (numbers.mult, numbers.zero, macro.shift, macro.top)
+    tables = slope_tables(*about, relax.tau, macro.p_min, macro.p_max) if relax else inside_tables(*about, macro.p_min, macro.p_max)
+    step = numbers.step.expand(tables.row.shape).reshape(-1, 1).numpy()
+    return Tables(tables.p_min, over_rows(tables.row, plan), (step * (tables.slope - 1.0)).astype(np.float32))
 
 
 def over_rows(row: np.ndarray, plan: Plan) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 
-from rqtool.kernels import choose
-from rqtool.kernels.spec import ReadSpec
+from rqtool.kernels import choose, reference
+from rqtool.kernels.spec import ReadSpec, Tables
 from rqtool.mapping.planes import Plane, extract
 
 
@@ -58,6 +59,39 @@ class _Reads(torch.autograd.Function):
         return dx, dw, dstep, None, None
 
 
+class _TableReads(torch.autograd.Function):
+    """Reads whose values are looked up in a table that gets a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
+        """x [N, C, H, W] padded codes, weight [O, K], value [rows, P]: what `spec.tables.value` holds, under autograd."""
+        ctx.spec, ctx.carrier = spec, choose.for_training(x, spec)
+        ctx.save_for_backward(x, weight)
+        return ctx.carrier.forward(x, weight, spec)
+
+    @staticmethod
+    def backward(ctx, gy: torch.Tensor):
+        (x, weight), gy = ctx.saved_tensors, gy.contiguous()
+        dx, dw, _ = ctx.carrier.backward(x, weight, ctx.spec, gy)
+        return dx, dw, reference.table_gradient(x, weight, ctx.spec, gy), None
+
+
+class _MovingZero(torch.autograd.Function):
+    """y as it is; backward adds up what the reads behind it say about the zero, from a table over their partial sums."""
+
+    @staticmethod
+    def forward(ctx, y: torch.Tensor, zero: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, slope: torch.Tensor) -> torch.Tensor:
+        ctx.spec = spec
+        ctx.save_for_backward(x, weight, slope)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, gy: torch.Tensor):
+        x, weight, slope = ctx.saved_tensors
+        counted = reference.table_gradient(x, weight, ctx.spec, gy.contiguous())
+        return gy, (counted * slope).sum().view(1, 1), None, None, None, None
+
+
 def pad_codes(x: torch.Tensor, padding: tuple[int, int], code: int) -> torch.Tensor:
     """x [N, C, H, W] with `padding` positions of code `code` around it."""
     return F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=float(code)) if any(padding) else x
@@ -72,6 +106,20 @@ def table_reads(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.
     """The same for an ADC given by value and slope tables, whose levels are not learned."""
     one = x.new_ones(1, 1)
     return _Reads.apply(x, weight, one, spec, x.new_ones(1))
+
+
+def learned_table_reads(x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
+    """The same with values that are learned: float64 [rows, P] under autograd, and the same numbers in the spec."""
+    return _TableReads.apply(x, weight, value, spec)
+
+
+def moving_zero(call: Callable, zero: torch.Tensor, spec: ReadSpec, tables: Tables) -> Callable:
+    """call(x, w, pair) with a gradient for the zero, float64 [1, 1]; the slope of `tables` is d value / d zero of every partial sum.
+
+    Costs a pass of the chunked carrier in backward, for the fused one does not count look-ups.
+    """
+    spec, slope = replace(spec, tables=replace(tables, value=tables.slope)), torch.from_numpy(tables.slope)
+    return lambda x, w, pair: _MovingZero.apply(call(x, w, pair), zero, x.detach(), w.detach(), spec, slope)
 
 
 def unpadded(spec: ReadSpec) -> ReadSpec:

@@ -7,6 +7,7 @@
 The forward pass draws a code exactly: clamp(round(u + tau * logit(r)), 0, top) with r uniform, one random number a read. Its
 gradient is that of the mean: m' for the partial sum, (q - zero) - (u - zero) * m' for the step (the noise does not scale with
 the step, so it stays out of p / step). `ste` is the same with no noise and a slope of 1 inside, 0 where the code clips.
+The forward passes of `mean` and `gumbel` are soft (train/soft.py): m(u) itself, and a weighted mean of codes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from rqtool.kernels.spec import Noise, Tables
 
-MODES = ("relaxed", "ste")
+MODES = ("relaxed", "ste", "mean", "gumbel")
 NOISE_DRAWS = 1 << 16
 SEEDS = 1 << 46  # every carrier's arithmetic on seeds stays within 63 bits
 NOISE_TAIL = 256  # a block reads this many draws from any start
@@ -26,10 +27,11 @@ NOISE_TAIL = 256  # a block reads this many draws from any start
 
 @dataclass(frozen=True)
 class Relaxation:
-    """One training step's noise: temperature in codes and a seed."""
+    """One training step's noise: temperature in codes, a seed, and the mode that makes something of both."""
 
     tau: float
     seed: int
+    mode: str = "relaxed"
 
     def noise(self) -> Noise:
         """float32 logistic draws, the same for the same seed."""
@@ -54,7 +56,20 @@ def mean_slope(u: torch.Tensor, top: int, tau: float) -> torch.Tensor:
 
 def slope_tables(mult: torch.Tensor, zero: torch.Tensor, shift: int, top: int, tau: float, p_min: int, p_max: int) -> Tables:
     """The slope of every partial sum p_min..p_max, one row per (tile, column) group; mult and zero are [1 or T, 1 or O]."""
+    u, rows = _all_sums(mult, zero, shift, p_min, p_max)
+    return Tables(p_min, rows, mean_slope(u, top, tau).float().numpy())
+
+
+def inside_tables(mult: torch.Tensor, zero: torch.Tensor, shift: int, top: int, p_min: int, p_max: int) -> Tables:
+    """The same of the straight-through estimator: 1 where the hard code does not clip, else 0."""
+    u, rows = _all_sums(mult, zero, shift, p_min, p_max)
+    code = torch.floor(u + 0.5)
+    return Tables(p_min, rows, ((code >= 0) & (code <= top)).float().numpy())
+
+
+def _all_sums(mult: torch.Tensor, zero: torch.Tensor, shift: int, p_min: int, p_max: int) -> tuple[torch.Tensor, np.ndarray]:
+    """(u of every partial sum float64 [groups, P], the row of each group int64 [1 or T, 1 or O])."""
     groups = torch.broadcast_shapes(mult.shape, zero.shape)
     rate = (mult.double() / 2.0**shift).expand(groups).reshape(-1, 1)
     u = torch.arange(p_min, p_max + 1).double() * rate + zero.double().expand(groups).reshape(-1, 1)
-    return Tables(p_min, np.arange(rate.numel(), dtype=np.int64).reshape(groups), mean_slope(u, top, tau).float().numpy())
+    return u, np.arange(rate.numel(), dtype=np.int64).reshape(groups)

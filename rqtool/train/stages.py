@@ -1,0 +1,111 @@
+"""The stages of one job: calibration, epochs with an ideal ADC, the twin, and fine-tuning through the macro's own ADC.
+
+    float network -> calibrated -> [ideal_epochs with an ideal ADC -> its ADC calibrated] -> epochs through the ADC
+    the twin      -> calibrated -> [the same                                            ] -> epochs with an ideal ADC
+
+The teacher of a network with an ideal ADC is the float network, whichever teacher is asked for: there is nothing better to learn from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+from rqtool.hardware.macro import Macro
+from rqtool.model.data import Preprocess
+from rqtool.model.network import Network
+from rqtool.program.freeze import Norm
+from rqtool.train.calibrate import calibrate
+from rqtool.train.distill import Teacher
+from rqtool.train.finetune import Candidate, Feed, Recipe, Run, consider_norms, finetune, fitting_network, steps_per_epoch
+from rqtool.train.rewrite import read_layers, rewrite
+from rqtool.train.state import Runs
+
+CALIBRATION_VALUES = 1 << 28  # calibration is one pass over all its images, so it may hold more at once than a batch
+IDEAL_STAGE, TWIN, MAIN = "ideal-ADC epochs", "ideal-ADC twin", "fine-tuning"
+
+
+@dataclass(frozen=True)
+class Job:
+    """The inputs of one job, read and checked. pixels: real = pixel * mult + add; whole: pixels are uint8."""
+
+    network: Network
+    train: Feed
+    held: Feed
+    test: Feed
+    measured_on: str
+    preprocess: Preprocess
+    pixels: Norm
+    whole: bool
+    classes: int
+
+
+@dataclass
+class Stages:
+    """One job on one macro. Each network is trained when it is first asked for, and once; `runs` holds what was trained before an
+    interruption."""
+
+    job: Job
+    macro: Macro
+    recipe: Recipe
+    progress: Any
+    runs: Runs = field(default_factory=Runs)
+
+    def calibrated(self, macro: Macro, name: str, trained: Network | None = None) -> tuple[Network, Candidate]:
+        """(a network for `macro` in its chosen state, that state): from the float network, or with the weights and scales of `trained`."""
+        network, job = rewrite(self.job.network, macro), self.job
+        if trained is not None:
+            network.load_state_dict(network.state_dict() | trained.state_dict())
+        if trained is None or not macro.ideal:
+            images = job.train.real(slice(fitting_network(network, self.recipe.calibration_images, CALIBRATION_VALUES)))
+            with self.progress.stage(name, len(read_layers(network))) as done:
+                calibrate(network, images, done, scales=trained is None)
+        best = consider_norms("post-training" if trained is None else IDEAL_STAGE, network, job.train, job.held, self.recipe, None)
+        network.load_state_dict(best.state)
+        return network, best
+
+    def tuned(self, network: Network, best: Candidate, recipe: Recipe, teacher: Teacher | None, name: str) -> Run:
+        """Fine-tune `network` in place, from where the stage of this name was interrupted, if it was."""
+        feeds, per_epoch, start = (self.job.train, self.job.held), steps_per_epoch(len(self.job.train), recipe), self.runs.runs.get(name)
+        if not recipe.epochs:
+            return finetune(network, *feeds, recipe, best)
+        with self.progress.stage(name, recipe.epochs * per_epoch) as done:
+            if start is not None:
+                done(start.epoch * per_epoch, f"{start.epoch} epochs were done before")
+            return finetune(
+                network, *feeds, recipe, best, lambda loss: done(1, f"loss {loss:.3f}"), teacher=teacher, start=start, epoch_done=partial(self.runs.keep, name)
+            )
+
+    def taught_by(self, network: Network) -> Teacher:
+        return Teacher(network, self.recipe.distill_weight, self.recipe.distill_temperature)
+
+    @cached_property
+    def float_teacher(self) -> Teacher | None:
+        """The teacher of a network with an ideal ADC."""
+        return None if self.recipe.teacher == "none" else self.taught_by(self.job.network)
+
+    @cached_property
+    def ideal_stage(self) -> Network | None:
+        """The network after the epochs with an ideal ADC that come first; None where there are none."""
+        if not self.recipe.ideal_epochs:
+            return None
+        network, best = self.calibrated(self.macro.with_ideal_adc(), f"{IDEAL_STAGE}: calibration")
+        self.tuned(network, best, replace(self.recipe, epochs=self.recipe.ideal_epochs), self.float_teacher, IDEAL_STAGE)
+        return network
+
+    @cached_property
+    def twin(self) -> Network:
+        """The same training with an ideal ADC throughout."""
+        network, best = self.calibrated(self.macro.with_ideal_adc(), f"{TWIN}: calibration", self.ideal_stage)
+        self.tuned(network, best, self.recipe, self.float_teacher, f"{TWIN}: fine-tuning")
+        return network
+
+    def main(self, network: Network, best: Candidate) -> tuple[Network, Run]:
+        """The network trained through the macro's own ADC, from the calibrated one."""
+        if self.ideal_stage is not None:
+            network, then = self.calibrated(self.macro, "calibration of the ADC", self.ideal_stage)
+            best = then if then.better_than(best) else best
+        taught_by_twin = self.recipe.teacher == "ideal" and not self.macro.ideal
+        teacher = self.taught_by(self.twin) if taught_by_twin and self.recipe.epochs else self.float_teacher
+        return network, self.tuned(network, best, self.recipe, teacher, MAIN)

@@ -1,0 +1,182 @@
+"""The soft modes: their closed forms, gradients against explicit float64 autograd, and Gumbel samples that follow the codes' probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_reads import GEOMETRIES, layer_of
+from test_relax import TAUS, probabilities
+from torch import nn
+
+from rqtool.hardware.macro import Macro
+from rqtool.kernels import reference
+from rqtool.kernels.spec import Tables, make_spec
+from rqtool.mapping.plan import Geometry, Plan
+from rqtool.train import soft
+from rqtool.train.reads import pad_codes, split_planes, unpadded
+from rqtool.train.relax import Relaxation, mean_code, mean_slope
+from rqtool.train.soft import gumbel_code, log_probability, mean_table, nearest_codes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# -- mean: the table -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("macro", [Macro(wl=2, in_bits=3), Macro(wl=2, in_bits=3, adc_bits=1), Macro(wl=2, in_bits=3, codebook="sign-magnitude")], ids=Macro.describe)
+def test_the_table_and_its_gradients_are_the_closed_forms(macro, tau):
+    """At every partial sum, those exactly on both clip edges (u = -1/2 and u = top + 1/2, steps of 2) among them."""
+    plan = Plan.make("layer", Geometry(1, 3), macro)
+    p = torch.arange(macro.p_min, macro.p_max + 1).double()
+    for size in (2.0, 1.0, 7.25):
+        step, zero = torch.full((1, 1), size, dtype=torch.float64, requires_grad=True), torch.full((1, 1), float(macro.zero), dtype=torch.float64, requires_grad=True)
+        value, slope = mean_table(step, zero, plan, tau)
+        u = p / size + macro.zero
+        m, m1 = mean_code(u, macro.top, tau), mean_slope(u, macro.top, tau)
+        assert torch.allclose(value[0], size * (m - macro.zero), rtol=0, atol=1e-12) and torch.equal(slope[0], m1)
+        jacobian = [torch.autograd.grad(v, (step, zero), retain_graph=True) for v in value[0]]
+        assert torch.allclose(torch.stack([d for d, _ in jacobian]).flatten(), (m - macro.zero) - (u - macro.zero) * m1, rtol=1e-9, atol=1e-11)
+        assert torch.allclose(torch.stack([d for _, d in jacobian]).flatten(), size * (m1 - 1), rtol=1e-9, atol=1e-11)
+
+
+def test_the_gradient_of_a_table_counts_its_look_ups(monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK_VALUES", 500)  # several chunks
+    plan = Plan.make("layer", Geometry(4, 6, (3, 2), groups=2), Macro(wl=4, in_bits=2, w_bits=3))
+    rng = np.random.default_rng(0)
+    x, w, gy = rng.integers(0, 4, (5, 4, 7, 6)), rng.integers(-3, 4, (6, 12)), rng.standard_normal((5, 6, 5, 5))
+    row = rng.integers(0, 3, (len(plan.tiles), 6))
+    span = plan.macro.p_max - plan.macro.p_min + 1
+    value = rng.standard_normal((3, span)).astype(np.float32)
+    spec = unpadded(make_spec(plan, *np.ones((3, 1, 1)), tables=Tables(plan.macro.p_min, row, np.zeros_like(value), value)))
+    got = reference.table_gradient(*(torch.from_numpy(a).float() for a in (x, w)), spec, torch.from_numpy(gy).float())
+    expected = np.zeros((3, span))
+    for n, o, y0, x0 in np.ndindex(5, 6, 5, 5):
+        rows = x[n, 2 * (o // 3) : 2 * (o // 3) + 2, y0 : y0 + 3, x0 : x0 + 2].reshape(-1)
+        for t, (a, b) in enumerate(plan.tiles):
+            expected[row[t, o], w[o, a:b] @ rows[a:b] - plan.macro.p_min] += gy[n, o, y0, x0]
+    assert got.dtype == torch.float64 and np.allclose(got.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+# -- mean: a layer -------------------------------------------------------------------------------------------------------
+MACROS = {
+    "layer": Macro(wl=5, adc_bits=3),
+    "column": Macro(wl=5, adc_bits=3, granularity="column"),
+    "tile": Macro(wl=5, adc_bits=3, granularity="tile"),
+    "split": Macro(wl=5, adc_bits=2, sign_scheme="split"),
+    "offset slices": Macro(wl=5, adc_bits=3, sign_scheme="offset", cell_bits=2),
+    "serial": Macro(wl=5, adc_bits=3, dac_bits=2),
+    "fixed": Macro(wl=5, adc_bits=3, range="fixed", step=20.0),
+}
+
+
+def explicit_mean(layer, x: torch.Tensor, w: torch.Tensor, log_step: torch.Tensor, tau: float) -> torch.Tensor:
+    """What `layer.read` gives in mode `mean`, float64 under plain autograd: planes, tiles and sigmoids one by one."""
+    plan, numbers = layer.plan, layer.adc()
+    macro, g, y = plan.macro, plan.geometry, 0
+    real = log_step.exp()
+    step = (real + (numbers.step - real).detach()).expand(len(plan.tiles), g.columns)
+    planes = [(a.factor * b.factor, a, b) for a in plan.input_planes for b in plan.weight_planes]
+    xs, ws = split_planes(x, plan.input_planes), split_planes(w, plan.weight_planes)
+    for factor, a, b in planes:
+        rows = nn.functional.unfold(xs[plan.input_planes.index(a)], g.kernel, g.dilation, 0, g.stride)
+        for t, (first, last) in enumerate(plan.tiles):
+            p = torch.einsum("ok,nkl->nol", ws[plan.weight_planes.index(b)][:, first:last], rows[:, first:last])
+            s = step[t].view(1, -1, 1)
+            y = y + factor * s * (mean_code(p / s + macro.zero, macro.top, tau) - macro.zero)
+    y = y.unflatten(2, g.out_size(*x.shape[2:]))
+    return y - macro.weight_offset * layer.input_sum(x.float()).double() if macro.weight_offset else y
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.3])
+@pytest.mark.parametrize("name", MACROS)
+def test_a_layer_s_reads_and_gradients_are_those_of_plain_autograd(name, tau):
+    macro, g = MACROS[name], Geometry(2, 4, (3, 3))
+    layer = layer_of(macro, g).train()
+    layer.relaxation = Relaxation(tau, 1, "mean")
+    rng = np.random.default_rng(5)
+    x = torch.from_numpy(rng.integers(0, macro.q_x + 1, (3, 2, 6, 7))).float().requires_grad_()
+    w = torch.from_numpy(rng.integers(-macro.q_w, macro.q_w + 1, (4, 18))).float().requires_grad_()
+    gy = torch.from_numpy(rng.standard_normal((3, 4, 4, 5)))
+    y = layer.read(x, w)
+    (y * gy.float()).sum().backward()
+    wide = [a.detach().double().requires_grad_() for a in (x, w, layer.log_step)]
+    expected = explicit_mean(layer, *wide, tau)
+    (expected * gy).sum().backward()
+    assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-3)
+    for got, want in zip((x, w), wide):
+        assert torch.allclose(got.grad.double(), want.grad, rtol=1e-4, atol=1e-4 * float(want.grad.abs().max()))
+    if macro.range == "calibrated":
+        assert torch.allclose(layer.log_step.grad, wide[2].grad, rtol=1e-4, atol=1e-4 * float(wide[2].grad.abs().max()))
+    else:
+        assert layer.log_step.grad is None
+
+
+@pytest.mark.parametrize("mode", ["mean", "gumbel"])
+def test_soft_codes_are_for_training_only(mode):
+    layer = layer_of(Macro(), GEOMETRIES["conv"])
+    x = torch.randn(2, 3, 6, 7, generator=torch.Generator().manual_seed(5))
+    hard = layer.eval()(x)
+    layer.relaxation = Relaxation(0.3, 3, mode)
+    assert torch.equal(layer(x), hard)
+    layer.train()
+    first = layer(x)
+    assert torch.equal(layer(x), first) and not torch.equal(first, hard)
+    assert (first - hard).abs().mean() < 0.5 * hard.abs().mean()
+    layer.relaxation = replace(layer.relaxation, seed=4)
+    assert torch.equal(layer(x), first) == (mode == "mean")
+
+
+# -- gumbel --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("top", [1, 3, 4, 14])
+def test_log_probabilities_are_those_of_the_relaxed_adc(top, tau):
+    for u in np.linspace(-2, top + 2, 37):
+        codes = torch.arange(top + 1.0, dtype=torch.float64)
+        got = log_probability(torch.tensor(u), codes, top, tau).exp().numpy()
+        assert np.allclose(got, probabilities(u, top, tau), rtol=1e-7, atol=1e-12)
+
+
+def test_log_probabilities_stay_finite_far_away():
+    u = torch.tensor([-80.0, 90.0], requires_grad=True)
+    value = log_probability(u, nearest_codes(u, 15), 15, 0.08)
+    value.sum().backward()
+    assert torch.isfinite(value).all() and torch.isfinite(u.grad).all()
+
+
+@pytest.mark.parametrize("u", [-1.0, 0.3, 6.5, 7.1, 15.2])
+def test_cold_samples_are_drawn_with_the_codes_probabilities(u):
+    """Nearly without temperature a soft code is a whole one; at tau 0.3 the 5 nearest codes have all but 0.1 % of the probability."""
+    n = 200_000
+    uniform = torch.rand(n, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    code = gumbel_code(torch.full((n,), u, dtype=torch.float64), 15, 0.3, uniform, temperature=1e-4)
+    assert ((code - code.round()).abs() < 1e-3).double().mean() > 0.998
+    counts, wanted = np.bincount(code.round().long().numpy(), minlength=16), n * probabilities(u, 15, 0.3)
+    assert (np.abs(counts - wanted) < 5 * np.sqrt(wanted) + 0.001 * n).all()
+
+
+def test_its_gradient_is_that_of_its_forward_pass():
+    u = torch.tensor([-3.0, 0.1, 1.3, 6.7, 14.2, 19.0], dtype=torch.float64, requires_grad=True)
+    uniform = torch.rand(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).clamp(1e-3, 1 - 1e-3)
+    assert torch.autograd.gradcheck(lambda u: gumbel_code(u, 15, 0.3, uniform), (u,))
+
+
+@pytest.mark.parametrize("name", ["layer", "column", "tile", "split"])
+def test_doing_the_forward_pass_again_changes_no_gradient(name, monkeypatch):
+    """Chunks with their own noise, each done twice; without checkpoints the same gradients come out."""
+    monkeypatch.setattr(soft, "CHUNK_VALUES", 600)
+    macro, g = MACROS[name], Geometry(2, 4, (3, 3))
+    layer = layer_of(macro, g).train()
+    layer.relaxation = Relaxation(0.3, 1, "gumbel")
+    x = pad_codes(torch.randint(0, 16, (4, 2, 4, 5), generator=torch.Generator().manual_seed(3)).float(), (1, 1), 0).requires_grad_()
+    w = torch.randint(-7, 8, (4, 18), generator=torch.Generator().manual_seed(4)).float().requires_grad_()
+    gradients = []
+    for again in (True, False):
+        if not again:
+            monkeypatch.setattr(soft, "checkpoint", lambda function, *args, use_reentrant: function(*args))
+        layer.zero_grad()
+        x.grad = w.grad = None
+        layer.read(x, w).square().sum().backward()
+        gradients.append((x.grad, w.grad, layer.log_step.grad.clone()))
+    assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(*gradients))
