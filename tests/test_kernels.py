@@ -145,13 +145,18 @@ def test_the_shared_cases_equal_golden(name):
     assert np.array_equal(run.Reads(program, op)(torch.from_numpy(x)).numpy(), golden.run(program, x)[op.output])
 
 
-def test_without_numba_the_chunked_carrier_gives_the_same(monkeypatch):
+@pytest.mark.parametrize("name", CASES)
+def test_without_numba_the_chunked_carrier_gives_the_same(name, monkeypatch):
+    """In float32 where it is certified, else in float64."""
     monkeypatch.setattr(choose, "find_spec", lambda name: None)
-    program = layer_program(CASES["tile_gains_sliced"])
-    x = images(program, 3)
-    reads = run.Reads(program, program.ops[0])
-    assert not reads.fast
-    assert np.array_equal(reads(torch.from_numpy(x)).numpy(), golden.run(program, x)[program.output])
+    program = layer_program(CASES[name])
+    x, reads = images(program, 3), run.Reads(program, program.ops[0])
+    assert reads.certified or reads.ideal
+    assert not run.Runner(program).fast[program.ops[0].attrs["layer"]] or reads.ideal
+    expected = golden.run(program, x)[program.ops[0].output]
+    for certified in (reads.certified, False):
+        reads.certified = certified
+        assert np.array_equal(reads(torch.from_numpy(x)).numpy(), expected)
     assert choose.for_training(torch.zeros(1), None) is choose.Chunked
 
 
@@ -164,6 +169,11 @@ def test_a_code_that_differs_is_not_certified(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(cpu, name, lambda p, *adc, right=right: right(p, *adc) + (p == -945))
             assert not run.certified(plan, mult, zero)
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    assert run.certified(plan, mult, zero)
+    right = reference.codes
+    monkeypatch.setattr(reference, "codes", lambda p, *adc: right(p, *adc) + (p == 944))
+    assert not run.certified(plan, mult, zero)
 
 
 def test_the_fused_carrier_is_left_where_float32_is_too_small():

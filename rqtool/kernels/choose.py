@@ -77,15 +77,35 @@ def for_training(x: torch.Tensor, spec: ReadSpec) -> type[Fused] | type[Chunked]
     return Fused if x.device.type == "cpu" and x.dtype == torch.float32 and numba_available() else Chunked
 
 
+def every_code(p: np.ndarray, mult: int, shift: int, lo: int, hi: int) -> list[np.ndarray]:
+    """code - zero of whole-number partial sums p, once by each form in float32 or 16 bits that an exact call may take here."""
+    if not numba_available():
+        return [reference.codes(p, mult, shift, lo, hi)]
+    from rqtool.kernels import cpu
+
+    return cpu.every_code(p, mult, shift, lo, hi)
+
+
+def every_level(p: np.ndarray, spec: ReadSpec) -> list[np.ndarray]:
+    """The same for free levels, where what is not a look-up in the table of `spec` itself."""
+    if not numba_available():
+        return []
+    from rqtool.kernels import cpu
+
+    return cpu.every_level(p, spec.tables)
+
+
 def exact_forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, plan: Plan, certified: bool) -> torch.Tensor:
-    """acc as int32 [N, O, H_out, W_out], exactly: fused float32 where certified and in bounds, else chunked float64.
+    """acc as int32 [N, O, H_out, W_out], exactly: fused, or chunked float32, where certified and in bounds, else chunked float64.
 
     x: padded whole-number codes [N, C, H, W] of one input plane; weight: [O, K] of one weight plane.
     """
     spec = replace(spec, geometry=replace(spec.geometry, padding=(0, 0)))
-    if certified and max(plan.acc_bound, plan.macro.p_max) < FLOAT32_WHOLE and x.device.type == "cpu":
+    small = certified and max(plan.acc_bound, plan.macro.p_max) < FLOAT32_WHOLE
+    if small and x.device.type == "cpu" and numba_available():
         return Fused.forward(Fused.keep(x), weight, spec, np.int32)
-    return Chunked.forward(x.double(), weight.double(), spec).int()
+    dtype = torch.float32 if small else torch.float64
+    return Chunked.forward(x.to(dtype), weight.to(dtype), spec).int()
 
 
 def requant(xs: tuple[torch.Tensor, ...], mults: list[torch.Tensor], add: torch.Tensor, shift: int, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from rqtool.kernels.spec import ReadSpec
+from rqtool.mapping.plan import Geometry
 
-CHUNK_VALUES = 1 << 22  # partial sums held at once
+CHUNK_VALUES = 1 << 22  # partial sums held at once, where all tiles are
+TILE_VALUES = 1 << 17  # and of one tile
 
 
 def _columns(x: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
@@ -30,20 +33,13 @@ def _tiled(rows: torch.Tensor, spec: ReadSpec, dim: int) -> torch.Tensor:
     return padded.index_select(dim, index.flatten()).unflatten(dim, index.shape)
 
 
-def _untiled(tiled: torch.Tensor, spec: ReadSpec, dim: int) -> torch.Tensor:
-    """The transpose of `_tiled`: (tile, row of the tile) joined to an axis of length K."""
-    parts = [tiled.select(dim, t).narrow(dim, 0, stop - start) for t, (start, stop) in enumerate(spec.tiles)]
-    return torch.cat(parts, dim)
-
-
 class _Reads:
-    """One call's weights and ADC on the device: everything that does not depend on the images."""
+    """All tiles at once, for what looks at every partial sum (histograms, gradients of tables)."""
 
     def __init__(self, weight: torch.Tensor, spec: ReadSpec, dtype: torch.dtype) -> None:
         g = spec.geometry
         self.spec, self.geometry = spec, g
         self.weight = _tiled(weight.to(dtype).view(g.groups, g.group_columns, g.rows), spec, dim=2).transpose(1, 2)  # [G, T, Og, wl]
-        self.rate, self.lo, self.hi, self.gain = (self.per_read(a, weight.device, dtype) for a in (spec.rate, spec.lo, spec.hi, spec.gain))
 
     def per_read(self, table, device, dtype) -> torch.Tensor:
         """[T, O] as [groups, T, columns of a group, 1], beside partial sums [n, groups, T, columns of a group, L]."""
@@ -54,36 +50,79 @@ class _Reads:
         """[n, groups, T, columns of a group, L]."""
         return self.weight @ columns
 
-    def lookup(self, table, p: torch.Tensor) -> torch.Tensor:
-        """table[row, p - p_min] for every partial sum."""
-        tables = self.spec.tables
-        row = self.per_read(tables.row, p.device, torch.long)
-        flat = torch.as_tensor(table, device=p.device).to(p.dtype)
-        return flat.flatten()[row * flat.shape[1] + (p.long() - tables.p_min)]
 
-    def noise(self, p: torch.Tensor, chunk: int):
-        """The draws of one chunk of images, the same in both passes; 0 without noise."""
-        if self.spec.noise is None:
-            return 0
-        generator = torch.Generator().manual_seed(self.spec.noise.seed * 65537 + chunk)
+class _Tiles:
+    """One call tile by tile, for weights and rows of all groups at once: what forward and backward do to a chunk of images.
+
+    Rows and partial sums are [groups, .., n * L], n images of L positions. A table that is the same for all columns of a tile is a
+    plain number, for torch is several times faster with those.
+    """
+
+    def __init__(self, weight: torch.Tensor, spec: ReadSpec, like: torch.Tensor) -> None:
+        g = spec.geometry
+        self.spec, self.geometry, self.like = spec, g, like
+        weight = weight.to(like.dtype).view(g.groups, g.group_columns, g.rows)
+        self.half = like.new_tensor(0.5)
+        self.weights = [weight[:, :, a:b].contiguous() for a, b in spec.tiles]
+        self.rate, self.lo, self.hi, self.gain = (self._of_tiles(a) for a in (spec.rate, spec.lo, spec.hi, spec.gain))
+
+    def _of_tiles(self, table) -> list:
+        """For each tile a float, or [groups, columns of a group, 1]."""
+        rows = [row.reshape(self.geometry.groups, -1, 1) for row in table]
+        return [float(row.flat[0]) if (row == row.flat[0]).all() else torch.as_tensor(row, device=self.like.device).to(self.like.dtype) for row in rows]
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """[groups, K, n * L] of a chunk of images."""
+        g = self.geometry
+        rows = F.unfold(x, g.kernel, g.dilation, 0, g.stride).view(x.shape[0], g.groups, g.rows, -1)
+        return rows.permute(1, 2, 0, 3).reshape(g.groups, g.rows, -1)
+
+    def partial_sums(self, rows: torch.Tensor, t: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        start, stop = self.spec.tiles[t]
+        return torch.bmm(self.weights[t], rows[:, start:stop], out=out)
+
+    def raw_code(self, p: torch.Tensor, t: int, chunk: int) -> torch.Tensor:
+        """floor(p * rate + 1/2 + noise), in place of p."""
+        torch.add(self.half, p, alpha=self.rate[t], out=p) if isinstance(self.rate[t], float) else p.mul_(self.rate[t]).add_(0.5)
+        if self.spec.noise is not None:
+            p.add_(self.noise(p, t, chunk))
+        return p.floor_()
+
+    def noise(self, p: torch.Tensor, t: int, chunk: int) -> torch.Tensor:
+        """The draws of one tile and one chunk of images, the same in both passes."""
+        generator = torch.Generator().manual_seed(((self.spec.noise.seed * 65537 + chunk) * 4099 + t) % (1 << 63))
         draws = torch.as_tensor(self.spec.noise.draws)
         return draws[torch.randint(draws.numel(), p.shape, generator=generator)].to(p)
 
-    def values(self, p: torch.Tensor, chunk: int) -> torch.Tensor:
-        """gain * (code - zero) of every partial sum, or its table value."""
-        if self.spec.tables is not None and self.spec.tables.value is not None:
-            return self.lookup(self.spec.tables.value, p)
-        return self.gain * torch.floor(p * self.rate + 0.5 + self.noise(p, chunk)).clamp(self.lo, self.hi)
-
-    def slopes(self, p: torch.Tensor, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slope, q - u * slope): how a read answers to its partial sum, and to its step (0 where a table gives the values)."""
-        u = p * self.rate
-        raw = torch.floor(u + 0.5 + self.noise(p, chunk))
-        q = raw.clamp(self.lo, self.hi)
+    def lookup(self, table, p: torch.Tensor, t: int) -> torch.Tensor:
+        """table[row, p - p_min] for every partial sum of a tile."""
         tables = self.spec.tables
-        slope = (raw == q).to(p.dtype) if tables is None else self.lookup(tables.slope, p)
-        step_slope = torch.zeros_like(p) if tables is not None and tables.value is not None else q - u * slope
-        return slope, step_slope
+        flat = torch.as_tensor(table, device=p.device).to(p.dtype)
+        row = torch.as_tensor(tables.row[t], device=p.device).view(self.geometry.groups, -1, 1)
+        return flat.flatten()[row * flat.shape[1] + (p.long() - tables.p_min)]
+
+    def values(self, p: torch.Tensor, t: int, chunk: int) -> torch.Tensor:
+        """gain * (code - zero) of every partial sum, or its table value; p is used up."""
+        if self.spec.tables is not None and self.spec.tables.value is not None:
+            return self.lookup(self.spec.tables.value, p, t).mul_(self.gain[t])
+        q = self.raw_code(p, t, chunk).clamp_(self.lo[t], self.hi[t])
+        return q if isinstance(self.gain[t], float) and self.gain[t] == 1 else q.mul_(self.gain[t])
+
+    def slopes(self, p: torch.Tensor, t: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slope, q - u * slope): how a read answers to its partial sum, and to its step (0 where a table gives the values)."""
+        tables, u = self.spec.tables, p * self.rate[t]
+        raw = self.raw_code(p.clone(), t, chunk)
+        q = raw.clamp(self.lo[t], self.hi[t])
+        slope = (raw == q).to(p.dtype) if tables is None else self.lookup(tables.slope, p, t)
+        return slope, torch.zeros_like(p) if tables is not None and tables.value is not None else q - u * slope
+
+
+def codes(p: np.ndarray, mult: int, shift: int, lo: int, hi: int) -> np.ndarray:
+    """float32 code - zero of whole-number partial sums through the very lines of `forward`: what certification compares."""
+    one = np.ones((1, 1))
+    spec = ReadSpec(Geometry(1, 1), ((0, 1),), one * (mult / 2.0**shift), one * lo, one * hi, one, int(np.abs(p).max()))
+    sums = torch.from_numpy(p.astype(np.float32)).view(1, 1, -1)
+    return _Tiles(torch.ones(1, 1), spec, sums).values(sums, 0, 0).flatten().numpy()
 
 
 def _chunks(x: torch.Tensor, spec: ReadSpec, positions: int):
@@ -96,31 +135,41 @@ def _positions(x: torch.Tensor, spec: ReadSpec) -> tuple[int, int]:
     return tuple((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], g.kernel, g.stride, g.dilation))
 
 
+def _tile_chunks(x: torch.Tensor, spec: ReadSpec) -> tuple[torch.Tensor, ...]:
+    """Images whose partial sums of one tile stay in a processor's cache."""
+    per_image = spec.geometry.columns * math.prod(_positions(x, spec))
+    return x.split(max(1, TILE_VALUES // max(1, per_image)))
+
+
 def forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
     """acc [N, O, H_out, W_out] in x's dtype and on its device. x: [N, C, H, W] codes, already padded; weight: [O, K]."""
-    reads = _Reads(weight, spec, x.dtype)
-    height, width = _positions(x, spec)
-    chunks = enumerate(_chunks(x, spec, height * width))
-    parts = [reads.values(reads.partial_sums(_columns(part, spec)), c).sum(2).flatten(1, 2) for c, part in chunks]
-    return torch.cat(parts).unflatten(2, (height, width))
+    tiles, parts = _Tiles(weight, spec, x), []
+    for c, part in enumerate(_tile_chunks(x, spec)):
+        rows = tiles.rows(part)
+        acc, p = (rows.new_zeros(spec.geometry.groups, spec.geometry.group_columns, rows.shape[2]) for _ in range(2))
+        for t in range(len(spec.tiles)):
+            acc += tiles.values(tiles.partial_sums(rows, t, p), t, c)
+        parts.append(acc.reshape(spec.geometry.columns, len(part), -1).transpose(0, 1))
+    return torch.cat(parts).unflatten(2, _positions(x, spec))
 
 
 def backward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx of the padded x, dw [O, K], dstep [T, O]) for gy [N, O, H_out, W_out], with the forward pass's noise."""
-    reads, g = _Reads(weight, spec, x.dtype), spec.geometry
-    height, width = _positions(x, spec)
-    dw, dstep, dx = 0, 0, []
-    for c, (part, gpart) in enumerate(zip(_chunks(x, spec, height * width), _chunks(gy, spec, height * width))):
-        columns = _columns(part, spec)
-        slope, step_slope = reads.slopes(reads.partial_sums(columns), c)
-        grad = gpart.flatten(2).unflatten(1, (g.groups, 1, -1))  # [n, G, 1, Og, L]
-        dstep = dstep + (grad * step_slope).sum((0, -1))
-        d = grad * slope
-        dw = dw + (d @ columns.transpose(-1, -2)).sum(0)
-        drows = _untiled(reads.weight.transpose(-1, -2) @ d, spec, dim=2)
-        dx.append(F.fold(drows.flatten(1, 2), part.shape[2:], g.kernel, g.dilation, 0, g.stride))
-    dw = _untiled(dw.transpose(1, 2).contiguous(), spec, dim=2).reshape(g.columns, g.rows)
-    return torch.cat(dx), dw, dstep.transpose(0, 1).reshape(len(spec.tiles), g.columns)
+    tiles, g = _Tiles(weight, spec, x), spec.geometry
+    chunks = _tile_chunks(x, spec)
+    dw, dstep, dx = torch.zeros(g.groups, g.group_columns, g.rows).to(x), torch.zeros(len(spec.tiles), g.columns).to(x), []
+    for c, (part, gpart) in enumerate(zip(chunks, gy.split(len(chunks[0])))):
+        rows, grad = tiles.rows(part), gpart.flatten(2).transpose(0, 1).reshape(g.groups, g.group_columns, -1)
+        drows = torch.empty_like(rows)
+        for t, (start, stop) in enumerate(spec.tiles):
+            slope, step_slope = tiles.slopes(tiles.partial_sums(rows, t), t, c)
+            dstep[t] += (grad * step_slope).sum(-1).flatten()
+            d = grad * slope
+            dw[:, :, start:stop] += d @ rows[:, start:stop].transpose(1, 2)
+            drows[:, start:stop] = tiles.weights[t].transpose(1, 2) @ d
+        drows = drows.unflatten(2, (len(part), -1)).permute(2, 0, 1, 3).flatten(1, 2)
+        dx.append(F.fold(drows, part.shape[2:], g.kernel, g.dilation, 0, g.stride))
+    return torch.cat(dx), dw.reshape(g.columns, g.rows), dstep
 
 
 def table_gradient(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> torch.Tensor:

@@ -25,32 +25,24 @@ DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "float32": torch.float32}
 
 # -- reads -----------------------------------------------------------------------------------------------------------
 def certified(plan: Plan, mult: np.ndarray, zero: np.ndarray) -> bool:
-    """Whether the fused kernel converts every partial sum of the plan to the code that hardware/adc.py gives.
+    """Whether the fast forms of this machine convert every partial sum of the plan to the code that hardware/adc.py gives.
 
-    mult, zero: int arrays [1 or T, 1 or O]. False where numba is absent.
+    mult, zero: int arrays [1 or T, 1 or O].
     """
-    if not choose.numba_available():
-        return False
-    from rqtool.kernels import cpu
-
     macro = plan.macro
     p = np.arange(macro.p_min, macro.p_max + 1, dtype=np.int64)
     for m, z in {(int(m), int(z)) for m, z in zip(*(a.flat for a in np.broadcast_arrays(mult, zero)))}:
         expected = adc.uniform_code(p, m, macro.shift, z, macro.top) - z
-        if not all(np.array_equal(codes, expected) for codes in cpu.every_code(p, m, macro.shift, -z, macro.top - z)):
+        if not all(np.array_equal(codes, expected) for codes in choose.every_code(p, m, macro.shift, -z, macro.top - z)):
             return False
     return True
 
 
 def certified_levels(spec: ReadSpec) -> bool:
-    """The same for free levels, whose plain form is a look-up in the table of `spec` itself."""
-    if not choose.numba_available():
-        return False
-    from rqtool.kernels import cpu
-
+    """The same for free levels."""
     value = spec.tables.value[0]
     p = np.arange(spec.tables.p_min, spec.tables.p_min + value.size, dtype=np.int64)
-    return all(np.array_equal(levels, value) for levels in cpu.every_level(p, spec.tables))
+    return all(np.array_equal(levels, value) for levels in choose.every_level(p, spec))
 
 
 class Reads:
@@ -62,7 +54,7 @@ class Reads:
         weight = torch.from_numpy(program.const(op, "weight").astype(np.int32)).reshape(g.columns, -1)
         self.planes = [extract(weight, b) for b in self.plan.weight_planes]
         self.ideal = kind == "ideal"
-        self.spec, self.fast = (None, False) if self.ideal else self._prepare(program, op, kind)
+        self.spec, self.certified = (None, False) if self.ideal else self._prepare(program, op, kind)
 
     def _prepare(self, program: Program, op: Op, kind: str) -> tuple[ReadSpec, bool]:
         if kind == "free":
@@ -81,7 +73,7 @@ class Reads:
         for a in self.plan.input_planes:
             part = extract(x, a) if len(self.plan.input_planes) > 1 else x
             for b, w in zip(self.plan.weight_planes, self.planes):
-                acc = acc + a.factor * b.factor * choose.exact_forward(part, w, self.spec, self.plan, self.fast)
+                acc = acc + a.factor * b.factor * choose.exact_forward(part, w, self.spec, self.plan, self.certified)
         return acc
 
     def _exact(self, x: torch.Tensor) -> torch.Tensor:
@@ -149,7 +141,7 @@ class Runner:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.rules = [self._rule(op) for op in program.ops]
-        self.fast = {op.attrs["layer"]: rule.ideal or rule.fast for op, rule in zip(program.ops, self.rules) if op.kind == "reads"}
+        self.fast = {op.attrs["layer"]: rule.ideal or (rule.certified and choose.numba_available()) for op, rule in zip(program.ops, self.rules) if op.kind == "reads"}
 
     def _rule(self, op: Op) -> Callable[..., torch.Tensor]:
         if op.kind == "reads":
