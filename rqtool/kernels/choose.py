@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from rqtool.kernels import reference
 from rqtool.kernels.spec import ReadSpec
@@ -27,10 +28,10 @@ class Fused:
         return x.to(torch.uint8)
 
     @staticmethod
-    def forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, dtype: type = np.float32) -> torch.Tensor:
+    def forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
         from rqtool.kernels import cpu  # numba takes half a second to import
 
-        return torch.from_numpy(cpu.forward(_array(x), _array(weight), spec, torch.get_num_threads(), dtype=dtype))
+        return torch.from_numpy(cpu.forward(_array(x), _array(weight), spec, torch.get_num_threads()))
 
     @staticmethod
     def backward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -95,17 +96,32 @@ def every_level(p: np.ndarray, spec: ReadSpec) -> list[np.ndarray]:
     return cpu.every_level(p, spec.tables)
 
 
-def exact_forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, plan: Plan, certified: bool) -> torch.Tensor:
-    """acc as int32 [N, O, H_out, W_out], exactly: fused, or chunked float32, where certified and in bounds, else chunked float64.
+class Exact:
+    """The reads of one weight plane on codes of one input plane, exactly: fused, or chunked float32, where certified and in bounds, else
+    chunked float64.
 
-    x: padded whole-number codes [N, C, H, W] of one input plane; weight: [O, K] of one weight plane.
+    weight: [O, K] of one weight plane; the padding of the spec's geometry is put around the input.
     """
-    spec = replace(spec, geometry=replace(spec.geometry, padding=(0, 0)))
-    small = certified and max(plan.acc_bound, plan.macro.p_max) < FLOAT32_WHOLE
-    if small and x.device.type == "cpu" and numba_available():
-        return Fused.forward(Fused.keep(x), weight, spec, np.int32)
-    dtype = torch.float32 if small else torch.float64
-    return Chunked.forward(x.to(dtype), weight.to(dtype), spec).int()
+
+    def __init__(self, weight: torch.Tensor, spec: ReadSpec, plan: Plan, certified: bool) -> None:
+        self.weight, self.spec = weight, spec
+        self.small = certified and max(plan.acc_bound, plan.macro.p_max) < FLOAT32_WHOLE
+        self.prepared = self._prepare() if self.small and numba_available() else None
+
+    def _prepare(self):
+        from rqtool.kernels import cpu
+
+        return cpu.Prepared(_array(self.weight), self.spec)
+
+    def __call__(self, x: torch.Tensor, pad: int) -> torch.Tensor:
+        """acc int32 [N, O, H_out, W_out] from whole-number codes [N, C, H, W], padded with code `pad`."""
+        if self.prepared is not None and x.device.type == "cpu":
+            from rqtool.kernels import cpu
+
+            return torch.from_numpy(cpu.run(self.prepared, _array(Fused.keep(x)), torch.get_num_threads(), pad=pad, dtype=np.int32))
+        dtype, (down, right) = torch.float32 if self.small else torch.float64, self.spec.geometry.padding
+        spec = replace(self.spec, geometry=replace(self.spec.geometry, padding=(0, 0)))
+        return Chunked.forward(F.pad(x.to(dtype), (right, right, down, down), value=pad), self.weight.to(dtype), spec).int()
 
 
 def requant(xs: tuple[torch.Tensor, ...], mults: list[torch.Tensor], add: torch.Tensor, shift: int, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:

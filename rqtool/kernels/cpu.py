@@ -301,33 +301,54 @@ def _each_chunk(task, images: int, positions: int, threads: int) -> list:
     return each(task, list(zip(bounds, bounds[1:])), threads)
 
 
-class _Call:
-    """What both passes share: layouts, packed weights and ADCs of one call."""
+class Prepared:
+    """One pair of planes of one layer, packed for the kernels: it serves any number of calls.
 
-    def __init__(self, x: np.ndarray, weight: np.ndarray, spec: ReadSpec, table: str, dot8: bool) -> None:
+    weight: [O, K] whole numbers. table: which of the spec's tables is looked up, "value" (forward) or "slope" (backward).
+    dot8: 8-bit dot products where the processor has them and the weights fit.
+    """
+
+    def __init__(self, weight: np.ndarray, spec: ReadSpec, table: str = "value", *, dot8: bool = True) -> None:
         g = spec.geometry
         self.spec, self.layout = spec, _layout(g.group_columns, spec.tiles)
         self.dot8 = dot8 and DOT8 and int(np.abs(weight).max(initial=0)) <= MOST8
-        height, width = x.shape[2:]
-        self.out = replace(g, padding=(0, 0)).out_size(height, width)
-        self.shape = (*self.out, *g.stride, g.channels * height * width, width)
-        self.offsets = _offsets(g, spec.tiles, height, width)
-        self.group_size = g.channels // g.groups * height * width
-        self.x = np.zeros(x.size + 2 * BYTES, np.uint8)  # sixteen positions may be read where one is left
-        self.x[: x.size].reshape(x.shape)[...] = x
-        lengths = [stop - start for start, stop in spec.tiles]
-        self.tiles = np.column_stack([self.layout.words, lengths])
+        self.tiles = np.column_stack([self.layout.words, [stop - start for start, stop in spec.tiles]])
         self.w = _packed(weight, spec, self.layout.dot8, np.int8) if self.dot8 else _packed(weight, spec, self.layout.plain, np.float32)
         self.padded = -(-g.group_columns // STRIP) * STRIP
         kind, self.adcs, self.kept = _adcs(spec, table, self.padded)
         self.form = kind + DOT8_FORMS * self.dot8
         self.draws = spec.noise.draws + np.float32(0.5) if spec.noise else np.zeros(1, np.float32)
+        self.sixteen = _sixteen(spec, self.padded) if self.dot8 and table == "value" else None
 
     def words(self, positions: int) -> np.ndarray:
         return _scratch((len(self.layout.rows) // WORD, positions + LANES), np.int32)
 
     def rows(self, positions: int) -> np.ndarray:
         return _scratch((len(self.layout.rows) + max(n for n, _ in GROUPS), positions), np.float32)
+
+
+class _Input:
+    """Input codes uint8 [N, C, H, W] of a call with their padding, and what depends on their size."""
+
+    def __init__(self, x: np.ndarray, spec: ReadSpec, pad: int) -> None:
+        g, (down, right) = spec.geometry, spec.geometry.padding
+        self.codes, self.pad = x, pad
+        shape = (*x.shape[:2], x.shape[2] + 2 * down, x.shape[3] + 2 * right)
+        image = g.channels * shape[2] * shape[3]
+        self.flat = np.zeros(x.shape[0] * image + 2 * BYTES, np.uint8)  # sixteen positions may be read where one is left
+        self.whole = self.flat[: x.shape[0] * image].reshape(shape)
+        self.inner = self.whole[:, :, down : down + x.shape[2], right : right + x.shape[3]]
+        self.out = replace(g, padding=(0, 0)).out_size(*shape[2:])
+        self.shape = (*self.out, *g.stride, image, shape[3])
+        self.offsets = _offsets(g, spec.tiles, *shape[2:])
+        self.group_size = image // g.groups
+
+    def fill(self, images: tuple[int, int]) -> None:
+        """Write the codes of some images, so that each thread does its own. What is not written yet is 0, a code like any other."""
+        part = slice(*images)
+        if self.pad:
+            self.whole[part] = self.pad
+        self.inner[part] = self.codes[part]
 
 
 def _adcs(spec: ReadSpec, table: str, padded: int) -> tuple[int, np.ndarray, np.ndarray | None]:
@@ -410,46 +431,53 @@ def levels16(tables: Tables) -> tuple[np.ndarray, int] | None:
 
 
 def forward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, threads: int, *, dot8: bool = True, dtype: type = np.float32) -> np.ndarray:
-    """acc of `dtype` [N, O, H_out, W_out] of one pair of planes: whole numbers unless `spec` has real-valued tables.
+    """`run` for weights [O, K] that are used once."""
+    return run(Prepared(weight, spec, dot8=dot8), x, threads, dtype=dtype)
 
-    x: [N, C, H, W] codes 0..255, already padded. weight: [O, K] whole numbers. dot8: 8-bit dot products where the processor has them.
+
+def run(prepared: Prepared, x: np.ndarray, threads: int, *, pad: int = 0, dtype: type = np.float32) -> np.ndarray:
+    """acc of `dtype` [N, O, H_out, W_out] of one pair of planes: whole numbers unless the spec has real-valued tables.
+
+    x: [N, C, H, W] codes 0..255; the geometry's padding is put around them, with code `pad`.
     """
-    call = _Call(x, weight, spec, "value", dot8)
-    out = np.empty((x.shape[0], spec.geometry.columns, call.out[0] * call.out[1]), dtype)
-    sixteen = _sixteen(spec, call.padded) if call.dot8 else None
+    spec, given = prepared.spec, _Input(x, prepared.spec, pad)
+    out = np.empty((x.shape[0], spec.geometry.columns, given.out[0] * given.out[1]), dtype)
 
     def task(images):
-        words, acc = call.words(POSITIONS), (call.padded, POSITIONS)
-        common = (call.x, call.offsets, call.group_size, call.tiles, call.w)
+        given.fill(images)
+        words, acc = prepared.words(POSITIONS), (prepared.padded, POSITIONS)
+        common, sixteen = (given.flat, given.offsets, given.group_size, prepared.tiles, prepared.w), prepared.sixteen
         if sixteen:
-            _forward16(*common, sixteen.adcs, sixteen.form, sixteen.period, call.shape, images, words, _scratch(acc, np.int16), _scratch(acc, np.int32), out)
+            _forward16(*common, sixteen.adcs, sixteen.form, sixteen.period, given.shape, images, words, _scratch(acc, np.int16), _scratch(acc, np.int32), out)
         else:
-            _forward(*common, call.adcs, call.draws, call.form, call.shape, images, words, call.rows(0 if call.dot8 else POSITIONS), _scratch(acc, np.float32), out)
+            rows = prepared.rows(0 if prepared.dot8 else POSITIONS)
+            _forward(*common, prepared.adcs, prepared.draws, prepared.form, given.shape, images, words, rows, _scratch(acc, np.float32), out)
 
-    _each_chunk(task, x.shape[0], call.out[0] * call.out[1], threads)
-    return out.reshape(*out.shape[:2], *call.out)
+    _each_chunk(task, x.shape[0], given.out[0] * given.out[1], threads)
+    return out.reshape(*out.shape[:2], *given.out)
 
 
 def backward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, gy: np.ndarray, threads: int, *, dot8: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(dx of the padded x, dw [O, K], dstep [T, O]), float32, for gy float32 [N, O, H_out, W_out].
+    """(dx of the padded x, dw [O, K], dstep [T, O]), float32, for gy float32 [N, O, H_out, W_out]; the spec has no padding.
 
     Partial sums and noise are computed again, so nothing is kept between the passes; the same bits for any number of threads.
     """
-    g, call = spec.geometry, _Call(x, weight, spec, "slope", dot8)
-    flat, layout = np.ascontiguousarray(gy).reshape(*gy.shape[:2], -1), call.layout
+    g, prepared, given = spec.geometry, Prepared(weight, spec, "slope", dot8=dot8), _Input(x, spec, 0)
+    flat, layout = np.ascontiguousarray(gy).reshape(*gy.shape[:2], -1), prepared.layout
     back = _packed(weight, spec, layout.back, np.float32)
     dx = np.zeros(x.shape, np.float32)
 
     def task(images):
-        dw, dstep = _scratch((g.groups, layout.dw_size), np.float32), _scratch(call.adcs.shape, np.float32)
-        grad, d = (_scratch((call.padded, BLOCK), np.float32) for _ in range(2))
+        given.fill(images)
+        dw, dstep = _scratch((g.groups, layout.dw_size), np.float32), _scratch(prepared.adcs.shape, np.float32)
+        grad, d = (_scratch((prepared.padded, BLOCK), np.float32) for _ in range(2))
         _backward(
-            call.x, call.offsets, call.group_size, call.tiles, call.w, call.adcs, call.draws, call.form, call.shape, images,
-            call.words(BLOCK), call.rows(BLOCK), back, layout.steps, layout.live, grad, d, call.rows(BLOCK), flat, dx.reshape(-1), dw, dstep,
+            given.flat, given.offsets, given.group_size, prepared.tiles, prepared.w, prepared.adcs, prepared.draws, prepared.form, given.shape, images,
+            prepared.words(BLOCK), prepared.rows(BLOCK), back, layout.steps, layout.live, grad, d, prepared.rows(BLOCK), flat, dx.reshape(-1), dw, dstep,
         )  # fmt: skip
         return dw, dstep
 
-    parts = _each_chunk(task, x.shape[0], call.out[0] * call.out[1], threads)
+    parts = _each_chunk(task, x.shape[0], given.out[0] * given.out[1], threads)
     dw, dstep = (sum(part[n] for part in parts) for n in range(2))
     by_tile = dstep[:, :, : g.group_columns].transpose(1, 0, 2).reshape(len(spec.tiles), g.columns)
     return dx, dw[:, layout.dw].reshape(g.columns, g.rows), by_tile

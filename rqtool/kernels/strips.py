@@ -118,8 +118,10 @@ def _code16(e: Emitter, a, b, adc: list):
 def _level16(e: Emitter, a, b, table, bits: int):
     """The levels of two int32 vectors of partial sums, by halving the thresholds `bits` times; table: a LEVELS16 record."""
     thresholds, levels = (e.load(e.at(table, BYTES * n), I16, 2 * LANES) for n in range(2))
-    p, index = e.pack16(a, b), e.constant(I16, 0, 2 * LANES)
-    for bit in range(bits - 1, -1, -1):
+    p, half = e.pack16(a, b), 1 << (bits - 1)
+    middle = e.shuffle(thresholds, thresholds, [half] * 2 * LANES)
+    index = e.b.select(e.b.icmp_signed(">=", p, middle), e.constant(I16, half, 2 * LANES), e.constant(I16, 0, 2 * LANES))
+    for bit in range(bits - 2, -1, -1):
         higher = e.b.or_(index, e.constant(I16, 1 << bit, 2 * LANES))
         index = e.b.select(e.b.icmp_signed(">=", p, e.pick16(thresholds, higher)), higher, index)
     return e.pick16(levels, index)

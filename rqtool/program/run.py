@@ -53,10 +53,12 @@ class Reads:
         g, kind = self.plan.geometry, op.attrs["adc"]["kind"]
         weight = torch.from_numpy(program.const(op, "weight").astype(np.int32)).reshape(g.columns, -1)
         self.planes = [extract(weight, b) for b in self.plan.weight_planes]
-        self.ideal = kind == "ideal"
-        self.spec, self.certified = (None, False) if self.ideal else self._prepare(program, op, kind)
+        self.ideal, self.certified = kind == "ideal", False
+        if not self.ideal:
+            spec, self.certified = self._spec(program, op, kind)
+            self.exact = [choose.Exact(w, spec, self.plan, self.certified) for w in self.planes]
 
-    def _prepare(self, program: Program, op: Op, kind: str) -> tuple[ReadSpec, bool]:
+    def _spec(self, program: Program, op: Op, kind: str) -> tuple[ReadSpec, bool]:
         if kind == "free":
             spec = free_level_spec(self.plan, program.const(op, "thresholds"), program.const(op, "levels"))
             return spec, certified_levels(spec)
@@ -65,19 +67,20 @@ class Reads:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """acc int32 [N, O, H_out, W_out] from uint8 codes [N, C, H, W]."""
-        ph, pw = self.plan.geometry.padding
-        x = F.pad(x, (pw, pw, ph, ph), value=self.pad) if ph or pw else x
         if self.ideal:
-            return self._exact(x)
-        acc = 0
-        for a in self.plan.input_planes:
-            part = extract(x, a) if len(self.plan.input_planes) > 1 else x
-            for b, w in zip(self.plan.weight_planes, self.planes):
-                acc = acc + a.factor * b.factor * choose.exact_forward(part, w, self.spec, self.plan, self.certified)
+            return self._ideal(x)
+        acc, planes = None, self.plan.input_planes
+        for a in planes:
+            part, pad = (extract(x, a), extract(self.pad, a)) if len(planes) > 1 else (x, self.pad)
+            for b, exact in zip(self.plan.weight_planes, self.exact):
+                found, factor = exact(part, pad), a.factor * b.factor
+                found = found if factor == 1 else found.mul_(factor)
+                acc = found if acc is None else acc.add_(found)
         return acc
 
-    def _exact(self, x: torch.Tensor) -> torch.Tensor:
+    def _ideal(self, x: torch.Tensor) -> torch.Tensor:
         g, acc = self.plan.geometry, 0
+        x = F.pad(x, (g.padding[1], g.padding[1], g.padding[0], g.padding[0]), value=self.pad)
         planes = [(b.factor, w) for b, w in zip(self.plan.weight_planes, self.planes)]
         for factor, w in planes:
             kernel = w.view(g.columns, -1, *g.kernel).double()
