@@ -35,7 +35,7 @@ from rqtool.checkpoint import Checkpoint
 from rqtool.errors import CheckError, ConfigError, InputError, StorageError, escaped, suggestion
 from rqtool.hardware.macro import Macro
 from rqtool.kernels import choose
-from rqtool.kernels.spec import make_spec
+from rqtool.kernels.spec import Tables, make_spec
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.model.capture import LIFT, capture
 from rqtool.model.data import Data, Images, Preprocess, held_out, load_data, subset
@@ -52,6 +52,7 @@ from rqtool.storage import check_writable, write_atomic
 from rqtool.train.finetune import Feed, Recipe, consider_norms, fitting_network, top1
 from rqtool.train.frozen import freeze, lower, peaks_of
 from rqtool.train.measure import layer_table, percent, predictions, real_predictions
+from rqtool.train.relax import Relaxation
 from rqtool.train.rewrite import plans
 from rqtool.train.served import Served
 from rqtool.train.stages import MAIN, TWIN, Job, Stages
@@ -256,15 +257,18 @@ def ready_kernels(progress: Any, training: bool) -> None:
     if not choose.numba_available():
         return
     plan, one = Plan.make("one read", Geometry(1, 1), Macro()), np.ones((1, 1), np.int64)
-    spec, x = make_spec(plan, one, one, one), torch.ones(1, 1, 1, 1)
-    with progress.stage("kernels (compiled on first use)", 3) as done:
-        certified(plan, one, one)
-        done()
-        choose.Fused.forward(x, x[0, 0], spec)
-        done()
-        if training:
-            choose.Fused.backward(x, x[0, 0], spec, x)
-        done()
+    hard, x, n = make_spec(plan, one, one, one), torch.ones(1, 1, 1, 1), torch.ones(1, dtype=torch.int32)
+    row, slope = np.zeros((1, 1), np.int64), np.ones((1, plan.macro.p_max - plan.macro.p_min + 1), np.float32)
+    noisy = replace(hard, tables=Tables(plan.macro.p_min, row, slope), noise=Relaxation(1.0, 0).noise())
+    calls = [lambda: certified(plan, one, one), lambda: choose.Exact(x[0, 0], hard, plan, True)(x, 0)]
+    calls += [lambda xs=xs, kind=kind: choose.requant(xs, [n] * len(xs), n, 0, 0, 1, kind) for xs in ((x.int(),), (x.int(),) * 2) for kind in (torch.uint8, torch.int32)]
+    if training:
+        calls += [lambda spec=spec: choose.Fused.forward(x, x[0, 0], spec) for spec in (hard, noisy)]
+        calls += [lambda: choose.Fused.backward(x, x[0, 0], hard, x)]
+    with progress.stage("kernels (compiled on first use)", len(calls)) as done:
+        for call in calls:
+            call()
+            done()
 
 
 def fit(model: nn.Module, data: Data, input_shape: tuple[int, ...] | None) -> tuple[Network, Data]:
