@@ -167,8 +167,8 @@ def report(rows: Path) -> str:
         "Written by `make experiments` (examples/experiments.py). top-1 in percent on the test images, by the integer program; ± is half the range over",
         "the seeds. No layer is kept off the macro. Selection is on held-out training images. The ideal-ADC twin starts from the same weights and",
         "is trained for as many epochs with the same seed; the loss is twin minus fine-tuned, in points. \"Agreement\" is the smallest share of test",
-        "images over the seeds on which the integer program and the float arithmetic of training name the same class. Rows are kept when the code changes:",
-        "those below were made on one or two threads over the last commits before they were written, not all at one commit.", "",
+        "images over the seeds on which the integer program and the served network in floating point name the same class. A teacher is the float network",
+        f"(weight {DISTILL_WEIGHT} of the loss) and teaches the twin, too. All rows were made on one thread.", "",
     ]  # fmt: skip
     for key, task in TASKS.items():
         names = [n for n, e in EXPERIMENTS.items() if e.task == key]

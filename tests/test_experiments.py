@@ -38,8 +38,8 @@ def test_a_row_is_mean_and_half_the_range_over_seeds(experiments: ModuleType) ->
 
 def test_a_recipe_is_told_where_it_is_not_the_default(experiments: ModuleType) -> None:
     recipe = experiments.EXPERIMENTS["cifar-4-4-4-shift-flip"].recipe(3).to_dict()
-    assert experiments.recipe_cell(recipe) == "relaxed, float teacher, shift-flip" and recipe["batch"] == 128 and recipe["seed"] == 3
-    assert experiments.recipe_cell(experiments.EXPERIMENTS["mnist-4-4-4-two-stage"].recipe(0).to_dict()) == "relaxed, 1 of the epochs with an ideal ADC first"
+    assert experiments.recipe_cell(recipe) == "ste, float teacher, shift-flip" and recipe["batch"] == 128 and recipe["seed"] == 3
+    assert experiments.recipe_cell(experiments.EXPERIMENTS["mnist-4-4-4-two-stage"].recipe(0).to_dict()) == "ste, float teacher, 1 of the epochs with an ideal ADC first"
     assert experiments.recipe_cell({"epochs": 2, "mode": "ste"}) == "ste"  # a row from before the other settings existed
 
 
@@ -48,10 +48,10 @@ def test_a_twin_is_known_from_a_row_with_the_same_one(experiments: ModuleType, t
         return experiments.known_twin(name, 0, tmp_path)
 
     (tmp_path / "mnist-4-4-4-seed0.json").write_text(json.dumps(result(99.4, 99.55, 100.0)))
-    assert known("mnist-4-4-4-ste") == known("mnist-4-4-4-column") == 99.55
-    assert known("mnist-4-4-4-float-teacher") is known("mnist-4-4-4-shift") is known("mnist-4-4-4-two-stage") is known("mnist-nthu-2019") is None
-    (tmp_path / "mnist-4-4-4-float-teacher-seed0.json").write_text(json.dumps(result(99.4, 99.6, 100.0)))
-    assert known("mnist-4-4-4-ideal-teacher") == 99.6 and experiments.known_twin("mnist-4-4-4-ideal-teacher", 1, tmp_path) is None
+    assert known("mnist-4-4-4-relaxed") == known("mnist-4-4-4-column") == known("mnist-4-4-4-ideal-teacher") == 99.55
+    assert known("mnist-4-4-4-no-teacher") is known("mnist-4-4-4-shift") is known("mnist-4-4-4-two-stage") is known("mnist-nthu-2019") is None
+    (tmp_path / "mnist-4-4-4-no-teacher-seed0.json").write_text(json.dumps(result(99.4, 99.6, 100.0)))
+    assert known("mnist-4-4-4-relaxed-no-teacher") == 99.6 and experiments.known_twin("mnist-4-4-4-relaxed-no-teacher", 1, tmp_path) is None
 
 
 def test_the_report_lists_finished_rows_only(experiments: ModuleType, tmp_path) -> None:
