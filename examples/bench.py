@@ -77,7 +77,7 @@ class Layer:
         self.codes = np.pad(rng.integers(0, self.macro.q_x + 1, (self.batch, c, n, n)).astype(np.uint8), ((0, 0), (0, 0), (1, 1), (1, 1)))
         self.weight = rng.integers(-self.macro.q_w, self.macro.q_w + 1, (c, 9 * c)).astype(np.int32)
         self.gy = rng.standard_normal((self.batch, c, n, n)).astype(np.float32)
-        self.spec = self._spec()
+        self.spec, self.prepared = self._spec(), {}
 
     def _spec(self) -> ReadSpec:
         macro, tiles = self.macro, len(self.plan.tiles)
@@ -99,11 +99,13 @@ class Layer:
         return replace(self.spec, tables=Tables(tables.p_min, over_rows(tables.row, self.plan), tables.slope), noise=Relaxation(TAU, 1).noise())
 
     def forward(self, threads: int, dot8: bool = True) -> None:
-        """All planes, as evaluation does."""
+        """All planes, as evaluation does: weights are packed once."""
+        if dot8 not in self.prepared:
+            self.prepared[dot8] = [cpu.Prepared(extract(self.weight, b), self.spec, dot8=dot8) for b in self.plan.weight_planes]
         for a in self.plan.input_planes:
             x = extract(self.codes, a) if len(self.plan.input_planes) > 1 else self.codes
-            for b in self.plan.weight_planes:
-                cpu.forward(x, extract(self.weight, b), self.spec, threads, dot8=dot8, dtype=np.int32)
+            for plane in self.prepared[dot8]:
+                cpu.run(plane, x, threads, dtype=np.int32)
 
     def step(self, spec: ReadSpec, threads: int, dot8: bool = True) -> None:
         cpu.forward(self.codes, self.weight, spec, threads, dot8=dot8)

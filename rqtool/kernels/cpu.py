@@ -1,7 +1,7 @@
 """Fused reads for CPUs, in numba: partial sums live in registers (strips.py) and never reach memory.
 
     block     64 output positions (forward) or 256 (backward), flattened over (image, y, x) of one chunk of images
-    chunk     a fixed share of the images, so that results do not depend on the number of threads
+    chunk     a share of the images; a fixed one where gradients are added up, so that they do not depend on the number of threads
 
 Forward: im2col of a block into words, then per tile the dot products, the ADC, the sum. Backward: the same partial sums and the same
 noise again, then the gradients of input, weight and step. Partial sums are whole numbers, by 8-bit dot products where the processor has
@@ -182,20 +182,41 @@ def _scatter(dx, channel, offsets, live, step, found, n_found, drows):
 
 
 @compiled
-def _move(image_columns, first, count, size, column, strip, inward):
-    """Copy one column of a block between [N, O, L] and a strip row, in either direction."""
-    done = 0
+def _images(first, count, size, found):
+    """Runs of positions within one image: rows of `found` are (image, position in it, position in the block, length); how many."""
+    n_found = done = 0
     while done < count:
         image, at = divmod(first + done, size)
         length = min(size - at, count - done)
-        plane = image_columns[image, column]
-        if inward:
-            for i in range(length):
-                strip[done + i] = plane[at + i]
-        else:
-            for i in range(length):
-                plane[at + i] = strip[done + i]
+        found[n_found, 0] = image
+        found[n_found, 1] = at
+        found[n_found, 2] = done
+        found[n_found, 3] = length
+        n_found += 1
         done += length
+    return n_found
+
+
+@compiled
+def _take_out(acc, column, columns, found, n_found, out):
+    """Copy the columns of a block to out [N, O, L], from `column` on."""
+    for s in range(n_found):
+        at, start = found[s, 1], found[s, 2]
+        for i in range(columns):
+            target = out[found[s, 0], column + i]
+            for j in range(found[s, 3]):
+                target[at + j] = acc[i, start + j]
+
+
+@compiled
+def _take_in(gy, column, columns, found, n_found, grad):
+    """The way back: columns of gy [N, O, L] into a block."""
+    for s in range(n_found):
+        at, start = found[s, 1], found[s, 2]
+        for i in range(columns):
+            source = gy[found[s, 0], column + i]
+            for j in range(found[s, 3]):
+                grad[i, start + j] = source[at + j]
 
 
 # -- a chunk of images -----------------------------------------------------------------------------------------------
@@ -207,11 +228,11 @@ def _forward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images,
     [groups, T, columns padded to 4]; shape: as for `_runs`. words, rows, acc: scratch.
     """
     size, columns = shape[0] * shape[1], out.shape[1] // w.shape[0]
-    found = np.empty((POSITIONS, 3), np.int64)
+    found, whole = np.empty((POSITIONS, 3), np.int64), np.empty((POSITIONS, 4), np.int64)
     n_strips, word_bytes = adcs.shape[2] // STRIP, words.shape[1] * 4
     for first in range(images[0] * size, images[1] * size, POSITIONS):
         count = min(POSITIONS, images[1] * size - first)
-        n_found = _runs(first, count, shape, found)
+        n_found, n_whole = _runs(first, count, shape, found), _images(first, count, size, whole)
         for g in range(w.shape[0]):
             _gather(x, g * group_size, offsets, shape[3], found, n_found, words)
             if form < DOT8_FORMS:
@@ -227,19 +248,18 @@ def _forward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images,
                     x_at, stride, n = rows.ctypes.data + WORD * word * 4 * POSITIONS, 4 * POSITIONS, n_rows
                 strips.read(form, x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, acc.ctypes.data)
                 at += n_strips * n * 4 * STRIP
-            for i in range(columns):
-                _move(out, first, count, size, g * columns + i, acc[i], False)
+            _take_out(acc, g * columns, columns, whole, n_whole, out)
 
 
 @compiled
 def _forward16(x, offsets, group_size, tiles, w, adcs, form, period, shape, images, words, acc16, acc, out):
     """The same in 16 bits: adcs: ADC16 or LEVELS16 records [groups, T, ..]; `period` tiles cannot overflow, then their sum is moved to acc int32."""
     size, columns = shape[0] * shape[1], out.shape[1] // w.shape[0]
-    found = np.empty((POSITIONS, 3), np.int64)
+    found, whole = np.empty((POSITIONS, 3), np.int64), np.empty((POSITIONS, 4), np.int64)
     n_strips, word_bytes = acc.shape[0] // STRIP, words.shape[1] * 4
     for first in range(images[0] * size, images[1] * size, POSITIONS):
         count = min(POSITIONS, images[1] * size - first)
-        n_found = _runs(first, count, shape, found)
+        n_found, n_whole = _runs(first, count, shape, found), _images(first, count, size, whole)
         for g in range(w.shape[0]):
             _gather(x, g * group_size, offsets, shape[3], found, n_found, words)
             acc[:] = 0
@@ -251,8 +271,7 @@ def _forward16(x, offsets, group_size, tiles, w, adcs, form, period, shape, imag
                 at += n_strips * n_words * 4 * STRIP
                 if (t + 1) % period == 0 or t + 1 == tiles.shape[0]:
                     strips.widen(acc16.ctypes.data, acc.shape[0], acc.ctypes.data)
-            for i in range(columns):
-                _move(out, first, count, size, g * columns + i, acc[i], False)
+            _take_out(acc, g * columns, columns, whole, n_whole, out)
 
 
 @compiled
@@ -262,18 +281,17 @@ def _backward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images
     gy: float32 [N, O, L], the gradient of sum over tiles of step * q. Other arguments as in `_forward`; grad, d, drows: scratch.
     """
     size, columns = shape[0] * shape[1], gy.shape[1] // w.shape[0]
-    found = np.empty((BLOCK, 3), np.int64)
+    found, whole = np.empty((BLOCK, 3), np.int64), np.empty((BLOCK, 4), np.int64)
     padded, word_bytes = adcs.shape[2], words.shape[1] * 4
     n_strips = padded // STRIP
     for first in range(images[0] * size, images[1] * size, BLOCK):
         count = min(BLOCK, images[1] * size - first)
-        n_found = _runs(first, count, shape, found)
+        n_found, n_whole = _runs(first, count, shape, found), _images(first, count, size, whole)
         for g in range(w.shape[0]):
             _gather(x, g * group_size, offsets, shape[3], found, n_found, words)
             strips.unweave(words.ctypes.data, words.shape[0], BLOCK // LANES, rows.ctypes.data)
-            for i in range(columns):
-                grad[i, count:] = 0
-                _move(gy, first, count, size, g * columns + i, grad[i], True)
+            grad[:, count:] = 0
+            _take_in(gy, g * columns, columns, whole, n_whole, grad)
             at, done = w[g].ctypes.data, 0
             for t in range(tiles.shape[0]):
                 word, n_words, n_rows = tiles[t]
@@ -294,9 +312,9 @@ def _backward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images
 
 
 # -- numpy in, numpy out ---------------------------------------------------------------------------------------------
-def _each_chunk(task, images: int, positions: int, threads: int) -> list:
-    """task((first image, last image)) for a split that depends on the shapes alone, in order; on `threads` threads."""
-    chunks = max(1, min(MAX_CHUNKS, images, images * positions // BLOCK))
+def _each_chunk(task, images: int, positions: int, threads: int, chunks: int = MAX_CHUNKS) -> list:
+    """task((first image, last image)) for up to `chunks` shares of the images, in order; on `threads` threads."""
+    chunks = max(1, min(chunks, images, images * positions // BLOCK))
     bounds = [images * i // chunks for i in range(chunks + 1)]
     return each(task, list(zip(bounds, bounds[1:])), threads)
 
@@ -453,7 +471,9 @@ def run(prepared: Prepared, x: np.ndarray, threads: int, *, pad: int = 0, dtype:
             rows = prepared.rows(0 if prepared.dot8 else POSITIONS)
             _forward(*common, prepared.adcs, prepared.draws, prepared.form, given.shape, images, words, rows, _scratch(acc, np.float32), out)
 
-    _each_chunk(task, x.shape[0], given.out[0] * given.out[1], threads)
+    # images do not meet in a forward pass, so any split gives the same numbers; but noise goes with the blocks of both passes
+    shares = MAX_CHUNKS if spec.noise else 1 if threads == 1 else 2 * threads
+    _each_chunk(task, x.shape[0], given.out[0] * given.out[1], threads, shares)
     return out.reshape(*out.shape[:2], *given.out)
 
 
@@ -518,7 +538,7 @@ def requant(xs: list[np.ndarray], mults: list[np.ndarray], add: np.ndarray, shif
     flat = tuple(np.require(np.broadcast_to(x, shape), np.int32, ["C", "W"]).reshape(shape[0], rows, -1) for x in xs)
     out = np.empty(flat[0].shape, dtype)
     whole = [np.int32(n) for n in (shift, lo, hi)]
-    _each_chunk(lambda images: _requant(flat, table[:-1], table[-1], *whole, images, out), shape[0], out[0].size, threads)
+    _each_chunk(lambda images: _requant(flat, table[:-1], table[-1], *whole, images, out), shape[0], out[0].size, threads, threads)
     return out.reshape(shape)
 
 
