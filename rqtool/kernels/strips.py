@@ -20,6 +20,7 @@ VECTORS = POSITIONS // LANES
 STRIP = 4  # columns
 BLOCK = 256  # positions of a backward block
 WORD = 4  # rows
+KERNEL_WORDS = 3  # of a 3x3 kernel in a read, the tile that most macros have
 NOISE_MASK = 65535
 GROUPS = ((9, 2), (3, 4))  # (rows, columns) of one step of a gradient: as many as registers hold, then what is left of a tile
 
@@ -34,7 +35,8 @@ def _strip_sums(e: Emitter, x, stride, w, count, dot8: bool) -> list:
     """STRIP x VECTORS vectors: sum over k < count of x[k] * w[k], int32 words (dot8) or float32 rows; x[k] is `stride` bytes long."""
     kind = I32 if dot8 else F32
     sums = [[e.variable(e.constant(kind, 0)) for _ in range(VECTORS)] for _ in range(STRIP)]
-    with e.times(count) as k:
+
+    def add(k) -> None:
         row, weights = e.at(x, (k, stride)), e.at(w, (k, 4 * STRIP))
         xs = [e.load(e.at(row, BYTES * v), kind, LANES) for v in range(VECTORS)]
         for c in range(STRIP):
@@ -42,6 +44,14 @@ def _strip_sums(e: Emitter, x, stride, w, count, dot8: bool) -> list:
             for v in range(VECTORS):
                 old = e.get(sums[c][v])
                 e.put(e.dot8(old, xs[v], weight) if dot8 else e.fma(xs[v], weight, old), sums[c][v])
+
+    usual = KERNEL_WORDS if dot8 else WORD * KERNEL_WORDS - 3
+    with e.b.if_else(e.b.icmp_signed("==", count, I64(usual))) as (unrolled, loop):
+        with unrolled:
+            for k in range(usual):
+                add(k)
+        with loop, e.times(count) as k:
+            add(k)
     return [[e.get(s) for s in column] for column in sums]
 
 
@@ -115,44 +125,62 @@ def _code16(e: Emitter, a, b, adc: list):
     return e.clamp16(e.scale15(e.pack16(a, b), adc[0]), adc[1], adc[2])
 
 
-def _level16(e: Emitter, a, b, table, bits: int):
-    """The levels of two int32 vectors of partial sums, by halving the thresholds `bits` times; table: a LEVELS16 record."""
-    thresholds, levels = (e.load(e.at(table, BYTES * n), I16, 2 * LANES) for n in range(2))
-    p, half = e.pack16(a, b), 1 << (bits - 1)
-    middle = e.shuffle(thresholds, thresholds, [half] * 2 * LANES)
-    index = e.b.select(e.b.icmp_signed(">=", p, middle), e.constant(I16, half, 2 * LANES), e.constant(I16, 0, 2 * LANES))
-    for bit in range(bits - 2, -1, -1):
-        higher = e.b.or_(index, e.constant(I16, 1 << bit, 2 * LANES))
-        index = e.b.select(e.b.icmp_signed(">=", p, e.pick16(thresholds, higher)), higher, index)
+def _load_levels(e: Emitter, record, bits: int) -> tuple:
+    """(the thresholds that each of `bits` halvings compares with, the levels), by index: from a LEVELS16 record.
+
+    The index of a code is what it lacks to the highest one, so that each halving takes something away: LLVM makes one masked
+    operation of that, and two of putting a bit in."""
+    thresholds, levels = (e.load(e.at(record, BYTES * n), I16, 2 * LANES) for n in range(2))
+    full, lanes = (1 << bits) - 1, range(2 * LANES)
+    above = [e.shuffle(thresholds, thresholds, [(full - n) % (full + 1) | 1 << bit for n in lanes]) for bit in range(bits - 1, -1, -1)]
+    return above, e.shuffle(levels, levels, [(full - n) % (full + 1) for n in lanes])
+
+
+def _level16(e: Emitter, a, b, tables: tuple):
+    """The levels of two int32 vectors of partial sums, in the order of `pack16`."""
+    p, (above, levels) = e.pack16(a, b), tables
+    index = e.constant(I16, (1 << len(above)) - 1, 2 * LANES)
+    for n, thresholds in enumerate(above):
+        bit = 1 << (len(above) - 1 - n)
+        edge = e.pick16(thresholds, index) if n else e.shuffle(thresholds, thresholds, [2 * bit - 1] * 2 * LANES)
+        index = e.b.select(e.b.icmp_signed(">=", p, edge), e.b.sub(index, e.constant(I16, bit, 2 * LANES)), index)
     return e.pick16(levels, index)
 
 
-def _reader16(convert: Callable):
-    """The same in whole numbers of 16 bits: acc int16 [columns][POSITIONS], in the order of `pack16`. convert(e, a, b, adcs, column)."""
+def _reader16(load: Callable, convert: Callable):
+    """The same in whole numbers of 16 bits: acc int16 [columns][POSITIONS], in the order of `pack16`.
+
+    load(e, adcs) once a tile; convert(e, a, b, what it gave, adcs, column)."""
 
     def read_tile(e, x, stride, w, count, adcs, strips, acc):
+        loaded = load(e, adcs)
         with e.times(strips) as s:
             sums = _strip_sums(e, x, stride, e.at(w, (e.b.mul(s, count), 4 * STRIP)), count, True)
             for c in range(STRIP):
                 column = e.b.add(e.b.mul(s, I64(STRIP)), I64(c))
                 for h in range(VECTORS // 2):
-                    q = convert(e, sums[c][2 * h], sums[c][2 * h + 1], adcs, column)
+                    q = convert(e, sums[c][2 * h], sums[c][2 * h + 1], loaded, adcs, column)
                     e.add_to(e.at(acc, (s, STRIP * 2 * POSITIONS), c * 2 * POSITIONS + BYTES * h), q)
 
     return read_tile
 
 
-def _uniform16(e: Emitter, a, b, adcs, column):
+def _uniform16(e: Emitter, a, b, loaded, adcs, column):
     return _code16(e, a, b, _load16(e, e.at(adcs, (column, ADC16.itemsize))))
 
 
-def _gained16(e: Emitter, a, b, adcs, column):
+def _gained16(e: Emitter, a, b, loaded, adcs, column):
     adc = _load16(e, e.at(adcs, (column, ADC16.itemsize)))
     return e.b.mul(_code16(e, a, b, adc), adc[3])
 
 
 def _free16(bits: int) -> Callable:
-    return lambda e, a, b, adcs, column: _level16(e, a, b, adcs, bits)
+    return _reader16(lambda e, record: _load_levels(e, record, bits), lambda e, a, b, loaded, adcs, column: _level16(e, a, b, loaded))
+
+
+def _nothing(e: Emitter, adcs) -> None:
+    """Columns have an ADC each, so there is nothing to load for a tile."""
+
 
 @emitted
 def widen(e, acc16, columns, acc):
@@ -297,7 +325,7 @@ KINDS = ("hard", "noisy", "table")
 FORMS = [(dot8, kind) for dot8 in (False, True) for kind in KINDS]  # form = KIND, or KIND + 3 for 8-bit dot products
 read = emitted(one_of([_reader(*form) for form in FORMS]))
 slope = emitted(one_of([_sloper(*form) for form in FORMS]))
-read16 = emitted(one_of([_reader16(convert) for convert in (_uniform16, _gained16, *map(_free16, FREE_BITS))]))
+read16 = emitted(one_of([_reader16(_nothing, _uniform16), _reader16(_nothing, _gained16), *map(_free16, FREE_BITS)]))
 grad_rows = emitted(one_of([_grad_rows(rows) for rows, _ in GROUPS]))
 grad_weights = emitted(one_of([_grad_weights(*group) for group in GROUPS]))
 weave = emitted(one_of([_weaver(1), _weaver(2)]))
@@ -327,5 +355,5 @@ def convert_levels16(e, p, vectors, table, out):
     """The levels of int32 partial sums, int32, five halvings."""
     with e.times(vectors) as n:
         sums = e.load(e.at(p, (n, BYTES)), I32, LANES)
-        q = _level16(e, sums, sums, table, FREE_BITS[-1])
+        q = _level16(e, sums, sums, _load_levels(e, table, FREE_BITS[-1]))
         e.store(e.b.sext(e.shuffle(q, q, [PACKED.index(lane) for lane in range(LANES)]), I32S), e.at(out, (n, BYTES)))
