@@ -197,7 +197,7 @@ def scaling(threads: int, repeats: int) -> list[Row]:
     rows = []
     for channels in (16, 64, 256):
         for wl in (9, 18, 36, 72, 144):
-            layer = Layer(Macro(wl=wl), batch=max(4, 64 * 64 // channels // 2), channels=channels)
+            layer = Layer(Macro(wl=wl), batch=64 * 64 // channels, channels=channels)
             seconds = timed({"forward": lambda: layer.forward(threads)}, repeats)["forward"]
             reads = layer.plan.reads_per_position * layer.batch * SIZE * SIZE
             macs = layer.plan.macs_per_position * layer.batch * SIZE * SIZE
