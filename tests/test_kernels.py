@@ -194,11 +194,12 @@ def test_the_fused_carrier_is_left_where_float32_is_too_small():
 class Adc(torch.autograd.Function):
     """step * (code - zero) of partial sums with the formulas of design page 3 written out, in float64.
 
-    p: [..], u = p / step; noise is added before the thresholds and stays out of u; slope: m'(u), or None for the hard code.
+    p: [..], u = p / step; noise is added before the thresholds and stays out of u; slope: m'(u), or None for the hard code. zero is in
+    p / step + zero and comes off again, so it moves the value by step * (slope - 1): gradients are in units of the step.
     """
 
     @staticmethod
-    def forward(ctx, p, step, rate, lo, hi, noise, slope):
+    def forward(ctx, p, step, zero, rate, lo, hi, noise, slope):
         u = p * rate
         raw = torch.floor(u + 0.5 + noise)
         ctx.save_for_backward(u, raw, lo, hi, slope)
@@ -214,18 +215,18 @@ class Adc(torch.autograd.Function):
         else:
             d_p = slope
             d_step = torch.where(below, lo, torch.where(above, hi, raw)) - u * slope
-        return gy * d_p, gy * d_step, None, None, None, None, None
+        return gy * d_p, gy * d_step, gy * (d_p - 1), None, None, None, None, None
 
 
 def explicit_gradients(x, weight, spec: ReadSpec, gy, noise=0.0, slope_of=None):
-    """(dx, dw, dstep [T, O]) in float64 by autograd through unfold, one tile and one group at a time.
+    """(dx, dw, dstep [T, O], dzero [T, O]) in float64 by autograd through unfold, one tile and one group at a time.
 
     noise: 0 or float64 [N, T, O, L]; slope_of(p, t): slopes of p [N, columns of a group, L] in that tile.
     """
     g = spec.geometry
     x, weight = (torch.from_numpy(np.asarray(a, np.float64)).requires_grad_() for a in (x, weight))
     rate, lo, hi = (torch.from_numpy(a.astype(np.float64)) for a in (spec.rate, spec.lo, spec.hi))
-    step = torch.ones_like(rate).requires_grad_()
+    step, zero = torch.ones_like(rate).requires_grad_(), torch.zeros_like(rate).requires_grad_()
     out = []
     for group in range(g.groups):
         channels = slice(group * g.channels // g.groups, (group + 1) * g.channels // g.groups)
@@ -234,12 +235,12 @@ def explicit_gradients(x, weight, spec: ReadSpec, gy, noise=0.0, slope_of=None):
         y = 0
         for t, (start, stop) in enumerate(spec.tiles):
             p = torch.einsum("ok,nkl->nol", weight[columns, start:stop], rows[:, start:stop])
-            numbers = [a[t, columns].view(1, -1, 1) for a in (step, rate, lo, hi)]
+            numbers = [a[t, columns].view(1, -1, 1) for a in (step, zero, rate, lo, hi)]
             slope = None if slope_of is None else slope_of(p.detach(), t)
             y = y + Adc.apply(p, *numbers, torch.as_tensor(noise if np.isscalar(noise) else noise[:, t, columns]), slope)
         out.append(y)
     torch.cat(out, 1).backward(torch.from_numpy(gy.astype(np.float64)).flatten(2))
-    return tuple(a.grad.numpy() for a in (x, weight, step))
+    return tuple(a.grad.numpy() for a in (x, weight, step, zero))
 
 
 def fused_backward(x, w, spec, gy):
@@ -283,10 +284,10 @@ def close(got, expected, counted: float):
     return np.abs(got - expected).max() <= 1e-5 * max(counted, 1e-30)
 
 
-def summed(case: Problem) -> tuple[float, float, float]:
-    """The sizes of the terms behind one entry of dx, dw and dstep."""
+def summed(case: Problem) -> tuple[float, ...]:
+    """The sizes of the terms behind one entry of dx, dw, dstep and dzero."""
     gy, (top,) = np.abs(case.gy), {max(np.abs(case.spec.lo).max(), case.spec.hi.max())}
-    return gy.max() * np.abs(case.w).sum(0).max(), gy.sum((0, 2, 3)).max() * max(1, case.x.max()), gy.sum((0, 2, 3)).max() * 2 * top
+    return gy.max() * np.abs(case.w).sum(0).max(), gy.sum((0, 2, 3)).max() * max(1, case.x.max()), gy.sum((0, 2, 3)).max() * 2 * top, gy.sum((0, 2, 3)).max()
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
@@ -404,11 +405,12 @@ def test_gradients_on_both_clip_edges(carrier, mult, zero, top):
         x, column = np.array([abs(value)]).reshape(1, 1, 1, 1), int(value < 0)
         gy = np.zeros((1, 2, 1, 1))
         gy[0, column] = 1.5
-        dx, dw, dstep = CARRIERS[carrier](x, np.array([[1], [-1]]), spec, gy)
+        dx, dw, dstep, dzero = CARRIERS[carrier](x, np.array([[1], [-1]]), spec, gy)
         n = int(value) + 127
         sign = 1 - 2 * column
         assert float(dx.flat[0]) == 1.5 * sign * inside[n]
         assert float(dw[column, 0]) == 1.5 * abs(value) * inside[n]
+        assert float(dzero[0, column]) == 1.5 * (inside[n] - 1.0)
         assert float(dstep[0, column]) == pytest.approx(1.5 * expected_step[n], rel=1e-5, abs=1e-6)
 
 
@@ -444,8 +446,8 @@ def test_table_gradients_do_not_move_the_step():
     spec = replace(spec, tables=replace(spec.tables, slope=slope))
     expected = explicit_gradients(x, w, spec, gy, 0.0, lambda p, t: torch.from_numpy(slope[0].astype(np.float64))[p.long() - plan.macro.p_min])
     for backward in CARRIERS.values():
-        dx, dw, dstep = backward(x, w, spec, gy)
-        assert not dstep.any()
+        dx, dw, dstep, dzero = backward(x, w, spec, gy)
+        assert not dstep.any() and not dzero.any()
         assert close(dx, expected[0], np.abs(gy).max() * np.abs(w).sum(0).max())
         assert close(dw, expected[1], np.abs(gy).sum((0, 2, 3)).max() * 15)
 

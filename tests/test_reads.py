@@ -228,7 +228,7 @@ def test_a_step_s_gradient_is_that_of_the_explicit_function(name, drawn, monkeyp
     spec = make_spec(layer.plan, *(a.numpy() for a in (numbers.mult, numbers.zero, numbers.gain)))
     rate = (numbers.mult.double() / 2.0**macro.shift).expand(len(layer.plan.tiles), 4)
     slope_of = None if drawn is None else lambda p, t: mean_slope(p * rate[t].view(1, -1, 1) + macro.zero, macro.top, 0.3)
-    dx, dw, dstep = explicit_gradients(x.detach().numpy(), w.detach().numpy(), spec, gy.numpy(), drawn or 0.0, slope_of)
+    dx, dw, dstep, _ = explicit_gradients(x.detach().numpy(), w.detach().numpy(), spec, gy.numpy(), drawn or 0.0, slope_of)
     shared = [d for d in (0, 1) if layer.log_step.shape[d] == 1]
     expected = torch.from_numpy(dstep).sum(shared, keepdim=True) * layer.log_step.detach().exp()
     assert torch.allclose(layer.log_step.grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

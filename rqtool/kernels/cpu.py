@@ -275,8 +275,8 @@ def _forward16(x, offsets, group_size, tiles, w, adcs, form, period, shape, imag
 
 
 @compiled
-def _backward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images, words, rows, back, steps, live, grad, d, drows, gy, dx, dw, dstep):
-    """Add the gradients of images[0] .. images[1] to dx (like x, float32), dw (as in `_Layout`) and dstep [groups, T, padded columns].
+def _backward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images, words, rows, back, steps, live, grad, d, drows, gy, dx, dw, sums):
+    """Add the gradients of images[0] .. images[1] to dx (like x, float32), dw (as in `_Layout`) and sums [groups, T, 2, padded columns].
 
     gy: float32 [N, O, L], the gradient of sum over tiles of step * q. Other arguments as in `_forward`; grad, d, drows: scratch.
     """
@@ -295,12 +295,12 @@ def _backward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images
             at, done = w[g].ctypes.data, 0
             for t in range(tiles.shape[0]):
                 word, n_words, n_rows = tiles[t]
-                adc, ds = adcs[g, t].ctypes.data, dstep[g, t].ctypes.data
+                adc, sums_at = adcs[g, t].ctypes.data, sums[g, t].ctypes.data
                 if form >= DOT8_FORMS:
                     x_at, stride, n = words.ctypes.data + word * word_bytes, word_bytes, n_words
                 else:
                     x_at, stride, n = rows.ctypes.data + WORD * word * 4 * BLOCK, 4 * BLOCK, n_rows
-                strips.slope(form, x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, ds)
+                strips.slope(form, x_at, stride, at, n, adc, n_strips, draws.ctypes.data, first, grad.ctypes.data, d.ctypes.data, sums_at)
                 at += n_strips * n * 4 * STRIP
                 while done < steps.shape[0] and steps[done, 0] == t:
                     _, byte, of, w_at, dw_at = steps[done]
@@ -477,8 +477,10 @@ def run(prepared: Prepared, x: np.ndarray, threads: int, *, pad: int = 0, dtype:
     return out.reshape(*out.shape[:2], *given.out)
 
 
-def backward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, gy: np.ndarray, threads: int, *, dot8: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(dx of the padded x, dw [O, K], dstep [T, O]), float32, for gy float32 [N, O, H_out, W_out]; the spec has no padding.
+def backward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, gy: np.ndarray, threads: int, *, dot8: bool = True) -> tuple[np.ndarray, ...]:
+    """(dx of the padded x, dw [O, K], dstep [T, O], dzero [T, O]), float32, for gy float32 [N, O, H_out, W_out]; the spec has no padding.
+
+    dstep = sum of gy * (q - u * slope), dzero = sum of gy * (slope - 1), what the step is multiplied with; 0 where tables give the values.
 
     Partial sums and noise are computed again, so nothing is kept between the passes; the same bits for any number of threads.
     """
@@ -489,18 +491,18 @@ def backward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, gy: np.ndarray, 
 
     def task(images):
         given.fill(images)
-        dw, dstep = _scratch((g.groups, layout.dw_size), np.float32), _scratch(prepared.adcs.shape, np.float32)
+        dw, sums = _scratch((g.groups, layout.dw_size), np.float32), _scratch((*prepared.adcs.shape[:2], 2, prepared.padded), np.float32)
         grad, d = (_scratch((prepared.padded, BLOCK), np.float32) for _ in range(2))
         _backward(
             given.flat, given.offsets, given.group_size, prepared.tiles, prepared.w, prepared.adcs, prepared.draws, prepared.form, given.shape, images,
-            prepared.words(BLOCK), prepared.rows(BLOCK), back, layout.steps, layout.live, grad, d, prepared.rows(BLOCK), flat, dx.reshape(-1), dw, dstep,
+            prepared.words(BLOCK), prepared.rows(BLOCK), back, layout.steps, layout.live, grad, d, prepared.rows(BLOCK), flat, dx.reshape(-1), dw, sums,
         )  # fmt: skip
-        return dw, dstep
+        return dw, sums
 
     parts = _each_chunk(task, x.shape[0], given.out[0] * given.out[1], threads)
-    dw, dstep = (sum(part[n] for part in parts) for n in range(2))
-    by_tile = dstep[:, :, : g.group_columns].transpose(1, 0, 2).reshape(len(spec.tiles), g.columns)
-    return dx, dw[:, layout.dw].reshape(g.columns, g.rows), by_tile
+    dw, sums = (sum(part[n] for part in parts) for n in range(2))
+    dstep, dzero = sums[..., : g.group_columns].transpose(2, 1, 0, 3).reshape(2, len(spec.tiles), g.columns)
+    return dx, dw[:, layout.dw].reshape(g.columns, g.rows), dstep, dzero
 
 
 # -- requantisation ----------------------------------------------------------------------------------------------------

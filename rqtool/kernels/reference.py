@@ -108,13 +108,14 @@ class _Tiles:
         q = self.raw_code(p, t, chunk).clamp_(self.lo[t], self.hi[t])
         return q if isinstance(self.gain[t], float) and self.gain[t] == 1 else q.mul_(self.gain[t])
 
-    def slopes(self, p: torch.Tensor, t: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slope, q - u * slope): how a read answers to its partial sum, and to its step (0 where a table gives the values)."""
+    def slopes(self, p: torch.Tensor, t: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(slope, q - u * slope, slope - 1): how a read answers to its partial sum, its step and its zero (0 where a table gives the values)."""
         tables, u = self.spec.tables, p * self.rate[t]
         raw = self.raw_code(p.clone(), t, chunk)
         q = raw.clamp(self.lo[t], self.hi[t])
         slope = (raw == q).to(p.dtype) if tables is None else self.lookup(tables.slope, p, t)
-        return slope, torch.zeros_like(p) if tables is not None and tables.value is not None else q - u * slope
+        learned = tables is None or tables.value is None
+        return slope, *((q - u * slope, slope - 1) if learned else (torch.zeros_like(p),) * 2)
 
 
 def codes(p: np.ndarray, mult: int, shift: int, lo: int, hi: int) -> np.ndarray:
@@ -153,23 +154,28 @@ def forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.Tens
     return torch.cat(parts).unflatten(2, _positions(x, spec))
 
 
-def backward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx of the padded x, dw [O, K], dstep [T, O]) for gy [N, O, H_out, W_out], with the forward pass's noise."""
+def backward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(dx of the padded x, dw [O, K], dstep [T, O], dzero [T, O]) for gy [N, O, H_out, W_out], with the forward pass's noise.
+
+    dstep = sum of gy * (q - u * slope), dzero = sum of gy * (slope - 1), what the step is multiplied with; 0 where tables give the values.
+    """
     tiles, g = _Tiles(weight, spec, x), spec.geometry
     chunks = _tile_chunks(x, spec)
-    dw, dstep, dx = torch.zeros(g.groups, g.group_columns, g.rows).to(x), torch.zeros(len(spec.tiles), g.columns).to(x), []
+    dw, dx = torch.zeros(g.groups, g.group_columns, g.rows).to(x), []
+    dstep, dzero = (torch.zeros(len(spec.tiles), g.columns).to(x) for _ in range(2))
     for c, (part, gpart) in enumerate(zip(chunks, gy.split(len(chunks[0])))):
         rows, grad = tiles.rows(part), gpart.flatten(2).transpose(0, 1).reshape(g.groups, g.group_columns, -1)
         drows = torch.empty_like(rows)
         for t, (start, stop) in enumerate(spec.tiles):
-            slope, step_slope = tiles.slopes(tiles.partial_sums(rows, t), t, c)
+            slope, step_slope, zero_slope = tiles.slopes(tiles.partial_sums(rows, t), t, c)
             dstep[t] += (grad * step_slope).sum(-1).flatten()
+            dzero[t] += (grad * zero_slope).sum(-1).flatten()
             d = grad * slope
             dw[:, :, start:stop] += d @ rows[:, start:stop].transpose(1, 2)
             drows[:, start:stop] = tiles.weights[t].transpose(1, 2) @ d
         drows = drows.unflatten(2, (len(part), -1)).permute(2, 0, 1, 3).flatten(1, 2)
         dx.append(F.fold(drows, part.shape[2:], g.kernel, g.dilation, 0, g.stride))
-    return torch.cat(dx), dw.reshape(g.columns, g.rows), dstep
+    return torch.cat(dx), dw.reshape(g.columns, g.rows), dstep, dzero
 
 
 def table_gradient(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> torch.Tensor:

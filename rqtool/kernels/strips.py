@@ -196,44 +196,47 @@ def widen(e, acc16, columns, acc):
 
 
 def _sloper(dot8: bool, kind: str):
-    """A body for one tile of a block: d [columns][BLOCK] = gradient of the partial sums, dstep [columns] += the step's.
+    """A body for one tile of a block: d [columns][BLOCK] = gradient of the partial sums; sums [2][columns] += gy * (q - u * slope), the gradient
+    of the step, and gy * (slope - 1), that of the zero in units of the step.
 
     kind: hard (straight through: 1 inside, 0 where the code clips), noisy (exact slope from a table, the forward pass's draws) or
-    table (the same without a step to learn).
+    table (the same without a step to learn, and no sums).
     """
 
-    def slope_tile(e, x, stride, w, count, adcs, strips, draws, first, grad, d, dstep):
+    def slope_tile(e, x, stride, w, count, adcs, strips, draws, first, grad, d, sums):
         with e.times(strips) as s:
             weights, records = e.at(w, (e.b.mul(s, count), 4 * STRIP)), e.at(adcs, (s, STRIP * ADC.itemsize))
-            totals = [e.variable(e.constant(F32, 0.0)) for _ in range(STRIP)]
+            totals = [e.variable(e.constant(F32, 0.0)) for _ in range(2 * STRIP)]
             with e.times(BLOCK // POSITIONS) as n:
-                sums = _strip_sums(e, e.at(x, (n, 4 * POSITIONS)), stride, weights, count, dot8)
+                partial = _strip_sums(e, e.at(x, (n, 4 * POSITIONS)), stride, weights, count, dot8)
                 for c in range(STRIP):
                     adc = _Adc.load(e, e.at(records, c * ADC.itemsize), draws if kind == "noisy" else None, e.at(first, (n, POSITIONS)))
                     row = e.at(I64(0), (s, STRIP * 4 * BLOCK), c * 4 * BLOCK, (n, 4 * POSITIONS))
                     for v in range(VECTORS):
                         gy, place = e.load(e.at(grad, row, BYTES * v), F32, LANES), e.at(d, row, BYTES * v)
-                        total = _slope(e, _both(e, sums[c][v], dot8, kind != "hard"), gy, adc, v, kind, place)
-                        if total is not None:
-                            e.put(e.b.fadd(e.get(totals[c]), total), totals[c])
+                        terms = _slope(e, _both(e, partial[c][v], dot8, kind != "hard"), gy, adc, v, kind, place)
+                        for total, term in zip(totals[c::STRIP], terms):
+                            e.put(e.b.fadd(e.get(total), term), total)
             if kind != "table":
-                four = e.sum_lanes([e.get(t) for t in totals])
-                e.add_to(e.at(dstep, (s, 4 * STRIP)), e.shuffle(four, four, list(range(STRIP))))
+                found = e.sum_lanes([e.get(t) for t in totals])
+                for n in range(2):
+                    place = e.at(sums, (s, 4 * STRIP), (strips, n * 4 * STRIP))
+                    e.add_to(place, e.shuffle(found, found, list(range(n * STRIP, (n + 1) * STRIP))))
 
     return slope_tile
 
 
-def _slope(e: Emitter, sums: tuple, gy, adc: _Adc, v: int, kind: str, place):
-    """Store d = gy * slope; the terms gy * (q - u * slope) of the step's gradient, None for tables."""
+def _slope(e: Emitter, sums: tuple, gy, adc: _Adc, v: int, kind: str, place) -> tuple:
+    """Store d = gy * slope; the terms (gy * (q - u * slope), d - gy) of the sums, none for tables."""
     p, whole = sums
     if kind == "table":
         e.store(e.b.fmul(gy, e.gather(adc.table, whole)), place)
-        return None
+        return ()
     raw = _raw_code(e, p, adc, v)
     q = e.clamp(raw, adc.lo, adc.hi)
     d = e.b.select(e.b.fcmp_ordered("==", q, raw), gy, e.constant(F32, 0.0)) if kind == "hard" else e.b.fmul(gy, e.gather(adc.table, whole))
     e.store(d, place)
-    return e.b.fsub(e.b.fmul(gy, q), e.b.fmul(e.b.fmul(p, adc.rate), d))
+    return e.b.fsub(e.b.fmul(gy, q), e.b.fmul(e.b.fmul(p, adc.rate), d)), e.b.fsub(d, gy)
 
 
 # -- one tile: gradients of rows and weights -------------------------------------------------------------------------------

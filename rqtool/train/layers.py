@@ -23,8 +23,8 @@ from rqtool.kernels.choose import FLOAT32_WHOLE
 from rqtool.kernels.spec import ReadSpec, Tables, free_level_spec, make_spec, over_reads
 from rqtool.mapping.plan import FREE_LEVEL_PEAK, Plan
 from rqtool.train.quantizers import InputQuantizer, WeightQuantizer
-from rqtool.train.reads import moving_zero, pad_codes, reads, split_planes, table_reads, unpadded
-from rqtool.train.relax import Relaxation, inside_tables, slope_tables
+from rqtool.train.reads import pad_codes, reads, split_planes, table_reads, unpadded
+from rqtool.train.relax import Relaxation, slope_tables
 from rqtool.train.soft import CALLS
 
 LEVEL_BITS = 3  # a free level is a whole number of eighths of a partial-sum unit
@@ -200,8 +200,7 @@ class ReadLayer(nn.Module):
         tables = Tables(tables.p_min, over_rows(tables.row, self.plan), tables.slope) if tables else None
         spec = unpadded(make_spec(self.plan, *(t.numpy() for t in (numbers.mult, numbers.zero, numbers.gain)), tables=tables))
         unit = numbers.unit.float()
-        call = lambda x, w, pair: reads(x, w, step, with_noise(spec, relax, pair), unit)  # noqa: E731
-        return call if zero is None else moving_zero(call, zero, spec, zero_tables(numbers, self.plan, relax))
+        return lambda x, w, pair: reads(x, w, step, with_noise(spec, relax, pair), unit, zero)
 
     def _free_call(self) -> Callable:
         spec = unpadded(free_spec(self.plan, self.thresholds, self.levels))
@@ -215,15 +214,6 @@ class ReadLayer(nn.Module):
             numbers = self.adc()
             spec = unpadded(make_spec(self.plan, *(t.numpy() for t in (numbers.mult, numbers.zero, numbers.gain))))
         return lambda x, w, pair: table_reads(x, w, spec)
-
-
-def zero_tables(numbers: AdcNumbers, plan: Plan, relax: Relaxation | None) -> Tables:
-    """How the value of a read answers to the zero, as the slope of tables over p: step * (m' - 1), or -step where a hard code clips."""
-    macro = plan.macro
-    about = (numbers.mult, numbers.zero, macro.shift, macro.top)
-    tables = slope_tables(*about, relax.tau, macro.p_min, macro.p_max) if relax else inside_tables(*about, macro.p_min, macro.p_max)
-    step = numbers.step.expand(tables.row.shape).reshape(-1, 1).numpy()
-    return Tables(tables.p_min, over_rows(tables.row, plan), (step * (tables.slope - 1.0)).astype(np.float32))
 
 
 def over_rows(row: np.ndarray, plan: Plan) -> np.ndarray:

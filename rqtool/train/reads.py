@@ -42,8 +42,8 @@ class _Reads(torch.autograd.Function):
     """sum over tiles of step * (code - zero), in partial-sum units; see kernels/ for both passes."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, spec: ReadSpec, unit: torch.Tensor) -> torch.Tensor:
-        """x [N, C, H, W] padded codes, weight [O, K], step [1 or T, 1 or O], unit [1 or O]: step = unit * gain."""
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, spec: ReadSpec, unit: torch.Tensor) -> torch.Tensor:
+        """x [N, C, H, W] padded codes, weight [O, K], step [1 or T, 1 or O], zero [1, 1] or None, unit [1 or O]: step = unit * gain."""
         ctx.spec, ctx.carrier = spec, choose.for_training(x, spec)
         x = ctx.carrier.keep(x)
         ctx.save_for_backward(x, weight, step)
@@ -52,11 +52,11 @@ class _Reads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy: torch.Tensor):
         x, weight, step = ctx.saved_tensors
-        dx, dw, dstep = ctx.carrier.backward(x, weight, ctx.spec, gy.contiguous())
+        dx, dw, dstep, dzero = ctx.carrier.backward(x, weight, ctx.spec, gy.contiguous())
         for dim in (0, 1):
             if step.shape[dim] == 1:
                 dstep = dstep.sum(dim, keepdim=True)
-        return dx, dw, dstep, None, None
+        return dx, dw, dstep, (dzero * step).sum().double().view(1, 1) if ctx.needs_input_grad[3] else None, None, None
 
 
 class _TableReads(torch.autograd.Function):
@@ -72,24 +72,8 @@ class _TableReads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy: torch.Tensor):
         (x, weight), gy = ctx.saved_tensors, gy.contiguous()
-        dx, dw, _ = ctx.carrier.backward(x, weight, ctx.spec, gy)
+        dx, dw, *_ = ctx.carrier.backward(x, weight, ctx.spec, gy)
         return dx, dw, reference.table_gradient(x, weight, ctx.spec, gy), None
-
-
-class _MovingZero(torch.autograd.Function):
-    """y as it is; backward adds up what the reads behind it say about the zero, from a table over their partial sums."""
-
-    @staticmethod
-    def forward(ctx, y: torch.Tensor, zero: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, slope: torch.Tensor) -> torch.Tensor:
-        ctx.spec = spec
-        ctx.save_for_backward(x, weight, slope)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, gy: torch.Tensor):
-        x, weight, slope = ctx.saved_tensors
-        counted = reference.table_gradient(x, weight, ctx.spec, gy.contiguous())
-        return gy, (counted * slope).sum().view(1, 1), None, None, None, None
 
 
 def pad_codes(x: torch.Tensor, padding: tuple[int, int], code: int) -> torch.Tensor:
@@ -97,29 +81,20 @@ def pad_codes(x: torch.Tensor, padding: tuple[int, int], code: int) -> torch.Ten
     return F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=float(code)) if any(padding) else x
 
 
-def reads(x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, spec: ReadSpec, unit: torch.Tensor) -> torch.Tensor:
-    """[N, O, H_out, W_out] in partial-sum units; x holds padded codes, `step` gets the gradient, `unit` is its plain value."""
-    return _Reads.apply(x, weight, step, spec, unit)
+def reads(x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, spec: ReadSpec, unit: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+    """[N, O, H_out, W_out] in partial-sum units; x holds padded codes, `step` and `zero` get gradients, `unit` is the step's plain value."""
+    return _Reads.apply(x, weight, step, zero, spec, unit)
 
 
 def table_reads(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
     """The same for an ADC given by value and slope tables, whose levels are not learned."""
     one = x.new_ones(1, 1)
-    return _Reads.apply(x, weight, one, spec, x.new_ones(1))
+    return _Reads.apply(x, weight, one, None, spec, x.new_ones(1))
 
 
 def learned_table_reads(x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
     """The same with values that are learned: float64 [rows, P] under autograd, and the same numbers in the spec."""
     return _TableReads.apply(x, weight, value, spec)
-
-
-def moving_zero(call: Callable, zero: torch.Tensor, spec: ReadSpec, tables: Tables) -> Callable:
-    """call(x, w, pair) with a gradient for the zero, float64 [1, 1]; the slope of `tables` is d value / d zero of every partial sum.
-
-    Costs a pass of the chunked carrier in backward, for the fused one does not count look-ups.
-    """
-    spec, slope = replace(spec, tables=replace(tables, value=tables.slope)), torch.from_numpy(tables.slope)
-    return lambda x, w, pair: _MovingZero.apply(call(x, w, pair), zero, x.detach(), w.detach(), spec, slope)
 
 
 def unpadded(spec: ReadSpec) -> ReadSpec:

@@ -56,20 +56,8 @@ def mean_slope(u: torch.Tensor, top: int, tau: float) -> torch.Tensor:
 
 def slope_tables(mult: torch.Tensor, zero: torch.Tensor, shift: int, top: int, tau: float, p_min: int, p_max: int) -> Tables:
     """The slope of every partial sum p_min..p_max, one row per (tile, column) group; mult and zero are [1 or T, 1 or O]."""
-    u, rows = _all_sums(mult, zero, shift, p_min, p_max)
-    return Tables(p_min, rows, mean_slope(u, top, tau).float().numpy())
-
-
-def inside_tables(mult: torch.Tensor, zero: torch.Tensor, shift: int, top: int, p_min: int, p_max: int) -> Tables:
-    """The same of the straight-through estimator: 1 where the hard code does not clip, else 0."""
-    u, rows = _all_sums(mult, zero, shift, p_min, p_max)
-    code = torch.floor(u + 0.5)
-    return Tables(p_min, rows, ((code >= 0) & (code <= top)).float().numpy())
-
-
-def _all_sums(mult: torch.Tensor, zero: torch.Tensor, shift: int, p_min: int, p_max: int) -> tuple[torch.Tensor, np.ndarray]:
-    """(u of every partial sum float64 [groups, P], the row of each group int64 [1 or T, 1 or O])."""
     groups = torch.broadcast_shapes(mult.shape, zero.shape)
     rate = (mult.double() / 2.0**shift).expand(groups).reshape(-1, 1)
     u = torch.arange(p_min, p_max + 1).double() * rate + zero.double().expand(groups).reshape(-1, 1)
-    return u, np.arange(rate.numel(), dtype=np.int64).reshape(groups)
+    rows = np.arange(rate.numel(), dtype=np.int64).reshape(groups)
+    return Tables(p_min, rows, mean_slope(u, top, tau).float().numpy())
