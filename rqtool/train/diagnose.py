@@ -96,10 +96,12 @@ class Reads:
 
 def judged(histogram: np.ndarray, adcs: Converter, rows: slice = slice(None)) -> Reads:
     """What the ADCs `rows` do to the reads counted in histogram, int64 [G of these rows, P]."""
-    code, clipped = adcs.code[rows].astype(np.int64), adcs.clipped[rows]
+    used = np.flatnonzero(histogram.any(0))  # of thousands of partial sums a tile has hundreds
+    histogram, p = histogram[:, used], adcs.p[used].astype(np.float64)
+    code, value, clipped = (table[rows][:, used] for table in (adcs.code, adcs.value, adcs.clipped))
     place = code + adcs.codes * np.arange(len(code))[:, None]
     hit = np.bincount(place.ravel(), histogram.ravel(), len(code) * adcs.codes).reshape(-1, adcs.codes) > 0
-    signal, noise = histogram.sum(0) @ adcs.p.astype(np.float64) ** 2, histogram * (adcs.value[rows] - adcs.p) ** 2
+    signal, noise = histogram.sum(0) @ p**2, histogram * (value - p) ** 2
     return Reads(int(histogram.sum()), int(histogram[clipped].sum()), float(signal), float(noise.sum()), float(noise[clipped].sum()), hit)
 
 
@@ -266,7 +268,7 @@ def counting_error(top1: float, images: int) -> float:
 
 
 def reason(figures: dict[str, Any]) -> str:
-    """Why an ADC does badly, by two plain rules. Calibration for the least error clips some per cent at few bits, rightly: what clips is to
+    """Why an ADC does badly, by plain rules. Calibration for the least error clips some per cent at few bits, rightly: what clips is to
     blame only where it also makes most of the error.
 
     >>> [reason({"clip_rate": c, "clip_noise": n, "codes_used": 0.3}) for c, n in ((0.02, 0.6), (0.02, 0.4), (0.01, 0.6))]
