@@ -51,7 +51,7 @@ from rqtool.program.numbers import Numbers
 from rqtool.program.run import Runner, certified
 from rqtool.report.plots import histogram_svg, plot_files
 from rqtool.storage import check_writable, write_atomic
-from rqtool.train.diagnose import Diagnosis, Seen, accuracies, counting_error, layer_rows, look, trials, verdict
+from rqtool.train.diagnose import Diagnosis, Seen, examine, trials
 from rqtool.train.finetune import Feed, Recipe, consider_norms, fitting_network, top1
 from rqtool.train.frozen import freeze, lower, peaks_of
 from rqtool.train.measure import layer_table, percent, predictions, real_predictions
@@ -517,18 +517,10 @@ def diagnose(source: str | Path, data: str | Data, *, limit: int | None = None, 
     feed = Feed(images, *saved.preprocess.affine(images.shape[0]))
     sample = feed.real(slice(fitting_network(network, TABLE_IMAGES)))
     with progress.stage("diagnosis", (1 + len(trials(network))) * len(images)) as done:
-        found = look(network, sample)
-        done(len(images))
-        top1s = accuracies(network, feed, done)
-        rows = layer_rows(found, top1s, names)
-        real, ideal = top1s[frozenset()], top1s.get(frozenset(names), top1s[frozenset()])
-        error = counting_error(ideal, len(images))
-        said = verdict(rows, real, ideal, error)
-        done(0, said["sentence"])
+        found, figures = examine(network, feed, sample, done)
     for file, name in zip(files, names):
         write_atomic(file, _plot(name, found[name]).encode())
-    about = {"images": len(images), "measured_on": measured_on, "sample_images": len(sample), "real_top1": real, "ideal_top1": ideal, "counting_error": error}
-    return Diagnosis(source=str(source), **about, **said, layers=rows, plots=list(map(str, files)), seconds=round(time.monotonic() - started, 1))
+    return Diagnosis(source=str(source), measured_on=measured_on, **figures, plots=list(map(str, files)), seconds=round(time.monotonic() - started, 1))
 
 
 def _plot(name: str, seen: Seen) -> str:

