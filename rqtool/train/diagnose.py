@@ -213,7 +213,7 @@ def accuracies(network: Network, feed: Feed, done: Callable[[int], None] = lambd
 class Diagnosis:
     """Which layer's ADC costs most. Accuracies in percent of `images` images, by the trained network in floating point.
 
-    counting_error: one standard error of top-1 on so many images, in points, and at least one image. worst: the layer that loses most
+    counting_error: two standard errors of top-1 on so many images, in points, and at least one image. worst: the layer that loses most
     alone, None where none loses more than that; reason: of REASONS. layers: rows in network order, as docs/json.md describes them.
     """
 
@@ -260,12 +260,14 @@ def worst_tile(tiles: list[dict[str, Any]]) -> int | None:
 
 
 def counting_error(top1: float, images: int) -> float:
-    """One standard error of a share of `top1` percent counted on so many images, in points; at least what one image is worth.
+    """Two standard errors of a share of `top1` percent counted on so many images, in points; at least what one image is worth.
+
+    The largest of many losses is not rarely beyond one standard error when all are chance.
 
     >>> counting_error(90.0, 900), counting_error(100.0, 200)
-    (1.0, 0.5)
+    (2.0, 0.5)
     """
-    return max(math.sqrt(top1 * (100 - top1) / images), 100 / images)
+    return max(2 * math.sqrt(top1 * (100 - top1) / images), 100 / images)
 
 
 def reason(figures: dict[str, Any]) -> str:
