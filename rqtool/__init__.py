@@ -16,7 +16,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 PUBLIC = {
-    "quantize": "rqtool.api", "train_more": "rqtool.api", "evaluate": "rqtool.api", "export_onnx": "rqtool.api", "plan": "rqtool.api",
+    "quantize": "rqtool.api", "train_more": "rqtool.api", "evaluate": "rqtool.api", "diagnose": "rqtool.api", "export_onnx": "rqtool.api", "plan": "rqtool.api",
     "inspect": "rqtool.api", "verify": "rqtool.api", "operations": "rqtool.api", "run_demo": "rqtool.api", "presets": "rqtool.hardware.macro",
     "doctor": "rqtool.report.doctor", "Recipe": "rqtool.train.finetune", "Preprocess": "rqtool.model.data", "Images": "rqtool.model.data",
     "Data": "rqtool.model.data", "Macro": "rqtool.hardware.macro", "make_macro": "rqtool.hardware.macro", "RqError": "rqtool.errors",

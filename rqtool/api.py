@@ -3,6 +3,7 @@
     quantize      a trained float model -> a .rq file, and the closing figures
     train_more    a .rq file -> another one, trained for more epochs
     evaluate      a .rq file -> top-1 of its integer program
+    diagnose      a .rq file -> which layer's ADC costs most, and why
     export_onnx   a .rq file -> an ONNX file, proved equal bit for bit
     plan          a model or .rq file -> tiles, reads, cycles; no data needed
     inspect       any file rqtool reads -> what it holds; nothing in it is executed
@@ -48,12 +49,14 @@ from rqtool.program.freeze import Norm
 from rqtool.program.ir import ATTRIBUTES, Program
 from rqtool.program.numbers import Numbers
 from rqtool.program.run import Runner, certified
+from rqtool.report.plots import histogram_svg, plot_files
 from rqtool.storage import check_writable, write_atomic
+from rqtool.train.diagnose import Diagnosis, Seen, examine, trials
 from rqtool.train.finetune import Feed, Recipe, consider_norms, fitting_network, top1
 from rqtool.train.frozen import freeze, lower, peaks_of
 from rqtool.train.measure import layer_table, percent, predictions, real_predictions
 from rqtool.train.relax import Relaxation
-from rqtool.train.rewrite import plans
+from rqtool.train.rewrite import plans, read_layers
 from rqtool.train.served import Served
 from rqtool.train.stages import MAIN, TWIN, Job, Stages
 from rqtool.train.state import Runs, about_job, kept_runs
@@ -61,6 +64,7 @@ from rqtool.train.state import Runs, about_job, kept_runs
 HELD_OUT_PEAK = 5000
 DEMO_EPOCHS = 6  # its 3,600 training images are few steps each
 TABLE_IMAGES = 128  # images behind clip rates
+DIAGNOSIS_IMAGES = 1000  # that a diagnosis is measured on, where nobody says how many
 PEAK_IMAGES, PEAK_BATCH = 512, 128  # images behind the ranges of grids
 
 
@@ -494,6 +498,35 @@ def ideal_program(saved: Checkpoint) -> Program:
     network = checkpoint.build_network(saved.network.graph, macro, saved.network.state_dict())
     whole = saved.program.tensors[saved.program.input].dtype == "uint8"
     return freeze(network, macro, saved.peaks, Norm(*saved.preprocess.affine(saved.network.graph.input_shape[0])), whole)
+
+
+# -- diagnose --------------------------------------------------------------------------------------------------------
+def diagnose(source: str | Path, data: str | Data, *, limit: int | None = None, plots: str | Path | None = None, progress: Any = None) -> Diagnosis:
+    """Which layer's ADC costs a .rq file most: every layer's reads judged, and top-1 of the trained network with ADCs made ideal one by one.
+
+    data, limit: the images as in `evaluate`, 1,000 at most where limit is None. plots: a folder for an SVG of each layer's partial sums.
+    Raises ConfigError for plots of an ideal ADC or over files that exist, and what `evaluate` raises.
+    """
+    started, progress = time.monotonic(), progress or Silent()
+    saved = checkpoint.load(source)
+    network, names = saved.network, list(read_layers(saved.network))
+    images, measured_on = _images_for(saved, load_data(data) if isinstance(data, str) else data, DIAGNOSIS_IMAGES if limit is None else limit)
+    if plots is not None and saved.macro.ideal:
+        raise ConfigError(f"{escaped(source)}: its ADC is ideal and has no thresholds to draw; leave --plots out")
+    files = [] if plots is None else plot_files(plots, names)
+    feed = Feed(images, *saved.preprocess.affine(images.shape[0]))
+    sample = feed.real(slice(fitting_network(network, TABLE_IMAGES)))
+    with progress.stage("diagnosis", (1 + len(trials(network))) * len(images)) as done:
+        found, figures = examine(network, feed, sample, done)
+    for file, name in zip(files, names):
+        write_atomic(file, _plot(name, found[name]).encode())
+    return Diagnosis(source=str(source), measured_on=measured_on, **figures, plots=list(map(str, files)), seconds=round(time.monotonic() - started, 1))
+
+
+def _plot(name: str, seen: Seen) -> str:
+    macro = seen.plan.macro
+    shared = "" if seen.adcs == 1 else f"; the thresholds are those of the {macro.granularity} with the median step, one of {seen.adcs}"
+    return histogram_svg(name, seen.histogram, macro.p_min, seen.thresholds, seen.full_scale, f"{int(seen.histogram.sum()):,} reads{shared}")
 
 
 # -- export ----------------------------------------------------------------------------------------------------------

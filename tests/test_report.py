@@ -87,6 +87,34 @@ file            t.rq
 seconds         12.34"""
 
 
+def diagnosis(**figures) -> dict:
+    """A result of eval --diagnose with two layers, the first with these figures."""
+    row = {"layer": "conv1", "loss_alone": 3.4, "regained": -0.1, "clip_rate": 0.12, "clip_noise": 0.8, "sqnr": 9.123, "codes_used": 0.9375, "worst_tile": 1}
+    row["tiles"] = [{"tile": 0, "clip_rate": 0.0, "clip_noise": 0.0, "sqnr": 12.0, "codes_used": 0.5}, {"tile": 1, "clip_rate": 0.2, "clip_noise": 0.9, "sqnr": 7.0, "codes_used": 0.9}]
+    dashes = {"layer": "fc", "loss_alone": 0.0, "regained": 0.0, "clip_rate": None, "clip_noise": None, "sqnr": None, "codes_used": None, "worst_tile": None, "tiles": []}
+    found = {"images": 500, "measured_on": "test", "real_top1": 80.0, "ideal_top1": 83.5, "sentence": "largest loss alone: conv1", "layers": [{**row, **figures}, dashes], "plots": [], "seconds": 1.5}
+    metrics = {"top1": 80.2, "images": 1000}
+    return {"source": "m.rq", "macro": Macro().to_dict(), "metrics": metrics, "measured_on": "test", "adc": "real", "fused_layers": {"conv1": True}, "seconds": 0.5, "diagnosis": found}
+
+
+def test_the_table_of_a_diagnosis():
+    data = diagnosis()
+    plain = results.evaluated({name: value for name, value in data.items() if name != "diagnosis"})
+    assert results.evaluated(data) == f"""\
+{plain}
+
+network on 500 test images  top-1 %
+all ADCs real                 80.00
+all ADCs ideal                83.50
+
+layer  loss alone  regained  clipped %  SQNR dB  codes used %    worst tile
+conv1        3.40     -0.10      12.00     9.12         93.75  1 at 7.00 dB
+fc           0.00      0.00          -        -             -             -
+
+diagnosis  largest loss alone: conv1
+seconds    1.50"""
+
+
 def test_results_that_a_file_claims_are_only_data():
     data = {
         "source": "m.rq", "kind": "rq", "macro": Macro().to_dict(), "preprocess": {"scale": 1.0, "mean": [0.0], "std": [1.0]}, "program_sha256": "ab",
@@ -102,7 +130,7 @@ def test_results_that_a_file_claims_are_only_data():
 def test_nothing_is_wider_than_the_terminal(width):
     texts = [results.quantized(QUANTIZED, width), results.doctor({**doctor(), "reason": "word " * 30, "cache": None}, width)]
     planned = {"source": "m", "macro": Macro().to_dict(), "input_shape": [3, 8, 8], "layers": [LAYER], "totals": {"tiles": 3, "macs": 1, "reads": 2, "cycles": 3, "reads_per_mac": 2.0}}
-    texts.append(results.planned(planned, width))
+    texts += [results.planned(planned, width), results.evaluated(diagnosis(layer="a" * (width // 2)), width)]
     assert max(len(line) for text in texts for line in text.splitlines()) <= width
 
 

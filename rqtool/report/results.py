@@ -11,6 +11,7 @@ from rqtool.report.text import number, pairs, paragraphs, table
 
 Data = dict[str, Any]
 PLAN_HEADERS = ("layer", "kind", "kernel", "rows", "columns", "tiles", "planes", "p range", "acc bits", "positions", "reads", "reads/MAC", "cycles")
+DIAGNOSIS_HEADERS = ("layer", "loss alone", "regained", "clipped %", "SQNR dB", "codes used %", "worst tile")
 INTEGER_HEADERS = ("layer", "rows", "columns", "tiles", "reads/MAC", "step", "zero", "clipped %")
 
 
@@ -93,7 +94,25 @@ def evaluated(data: Data, width: int | None = None) -> str:
         ("reads", f"{sum(fused.values())} of {len(fused)} layers on the fused kernel, every code equal to the definition"),
         ("seconds", number(data["seconds"])),
     ]
-    return pairs(items, width)
+    return paragraphs(pairs(items, width), diagnosed(data["diagnosis"], width) if "diagnosis" in data else "")
+
+
+def diagnosed(data: Data, width: int | None = None) -> str:
+    """What `eval --diagnose` found: the layers in network order, and which of them is to blame."""
+    figures = [("all ADCs real", number(data["real_top1"])), ("all ADCs ideal", number(data["ideal_top1"]))]
+    accuracies = table([f"network on {data['images']} {data['measured_on']} images", "top-1 %"], figures, width)
+    plots = [("plots", ", ".join(data["plots"]))] if data["plots"] else []
+    closing = pairs([("diagnosis", data["sentence"]), *plots, ("seconds", number(data["seconds"]))], width)
+    return paragraphs(accuracies, table(DIAGNOSIS_HEADERS, map(_diagnosis_row, data["layers"]), width), closing)
+
+
+def _diagnosis_row(r: Data) -> list[Any]:
+    worst = "-" if r["worst_tile"] is None else f"{r['worst_tile']} at {number(r['tiles'][r['worst_tile']]['sqnr'])} dB"
+    return [r["layer"], number(r["loss_alone"]), number(r["regained"]), _share(r["clip_rate"]), number(r["sqnr"]), _share(r["codes_used"]), worst]
+
+
+def _share(x: float | None) -> str:
+    return number(None if x is None else 100 * x)
 
 
 def exported(data: Data, width: int | None = None) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -27,15 +30,36 @@ def partial_sum_histogram(codes: torch.Tensor, weight: torch.Tensor, plan: Plan)
 
     codes: padded [N, C, H, W] whole numbers; weight: [O, K]. Images are left out evenly beyond some millions of partial sums.
     """
-    spec, macro = plain_spec(plan), plan.macro
-    per_image = plan.reads_per_position * int(np.prod(reference._positions(codes, spec)))
-    codes = codes[:: max(1, codes.shape[0] * per_image // SAMPLED)].int()
-    shape, span = group_shape(plan), macro.p_max - macro.p_min + 1
+    return _histogram(_sampled(codes, plan), weight, plan, plain_spec(plan), group_shape(plan))
+
+
+@torch.no_grad()
+def tile_histograms(codes: torch.Tensor, weight: torch.Tensor, plan: Plan) -> Iterator[np.ndarray]:
+    """The same for one tile after another (of all convolution groups together), from the same images: int64 [1, P], or [O, P] where
+    columns have steps of their own. One at a time, for all of them at once need not fit into the memory."""
+    codes, spec, shape = _sampled(codes, plan), plain_spec(plan), (1, group_shape(plan)[1])
+    for tile in plan.tiles:
+        yield _histogram(codes, weight, plan, replace(spec, tiles=(tile,)), shape)
+
+
+def _positions(codes: torch.Tensor, plan: Plan) -> int:
+    return int(np.prod(reference._positions(codes, plain_spec(plan))))
+
+
+def _sampled(codes: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """int32 codes of so many images that SAMPLED partial sums are not passed by much."""
+    return codes[:: max(1, codes.shape[0] * plan.reads_per_position * _positions(codes, plan) // SAMPLED)].int()
+
+
+def _histogram(codes: torch.Tensor, weight: torch.Tensor, plan: Plan, spec: ReadSpec, shape: tuple[int, int]) -> np.ndarray:
+    """int64 [prod(shape), P] over the tiles of `spec`; shape: (1 or T, 1 or O), who is counted apart."""
+    macro, positions = plan.macro, _positions(codes, plan)
+    span = macro.p_max - macro.p_min + 1
     counts = np.zeros((shape[0] * shape[1], span), np.int64)
     for b in plan.weight_planes:
         reads = reference._Reads(extract(weight.int(), b).float(), spec, torch.float32)
         for a in plan.input_planes:
-            for part in reference._chunks(extract(codes, a).float(), spec, per_image // plan.reads_per_position):
+            for part in reference._chunks(extract(codes, a).float(), spec, positions):
                 counts += _count(reads.partial_sums(reference._columns(part, spec)), shape, macro.p_min, span)
     return counts
 

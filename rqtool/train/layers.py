@@ -81,7 +81,8 @@ class ReadLayer(nn.Module):
 
     relaxation: noise and slope of the current training step, None for hard codes (`ste`). real_zero: what a learned zero is before it
     is rounded to the code `zero`, which is what is served; it learns where its requires_grad is set. watch(layer, codes, weights) sees the
-    padded input codes and the weights of each call. calibrating: a function that sets quantisers from the input before use.
+    padded input codes and the weights of each call. calibrating: a function that sets quantisers from the input before use. ideal_adc:
+    the forward pass takes the layer's reads as an ideal ADC would give them, to see what its own one costs.
     """
 
     def __init__(self, plan: Plan, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
@@ -100,6 +101,7 @@ class ReadLayer(nn.Module):
         self.relaxation: Relaxation | None = None
         self.watch: Callable | None = None
         self.calibrating: Callable | None = None
+        self.ideal_adc = False
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """A state from before zeros were learned has the code alone."""
@@ -142,7 +144,7 @@ class ReadLayer(nn.Module):
         weight = self.weight_codes()
         if self.watch:
             self.watch(self, codes.detach(), weight.detach())
-        y = self.exact(codes, weight) if macro.ideal else self.read(codes, weight)
+        y = self.exact(codes, weight) if macro.ideal or self.ideal_adc else self.read(codes, weight)
         scale = self.input.scale * self.weights.scale
         offset = -scale * self.input.zero * weight.sum(1)
         if self.bias is not None:

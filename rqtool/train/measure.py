@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -44,13 +46,13 @@ def percent(hits: np.ndarray) -> float:
 
 def clip_rate(histogram: np.ndarray, layer: ReadLayer) -> float:
     """The share of reads whose partial sum lies beyond full scale; histogram as from `partial_sum_histogram`."""
-    bounds = _clip_bounds(layer)
+    bounds = clip_bounds(layer)
     p = np.arange(layer.plan.macro.p_min, layer.plan.macro.p_max + 1)
     clipped = sum(int(row[(p < lo) | (p > hi)].sum()) for row, (lo, hi) in zip(histogram, bounds))
     return clipped / max(1, int(histogram.sum()))
 
 
-def _clip_bounds(layer: ReadLayer) -> list[tuple[int, int]]:
+def clip_bounds(layer: ReadLayer) -> list[tuple[int, int]]:
     """(lowest, highest) partial sum within full scale, for each group of steps."""
     macro = layer.plan.macro
     if macro.levels == "free":
@@ -62,22 +64,29 @@ def _clip_bounds(layer: ReadLayer) -> list[tuple[int, int]]:
     return [adc.clip_bounds(adc.uniform_thresholds(m, macro.shift, zero, macro.top), 2.0**macro.shift / m) for m in mults]
 
 
+@contextmanager
+def watched(network: Network, watch: Callable[[str, ReadLayer, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """Within: watch(name, layer, padded input codes, weights) sees each call of a layer."""
+    layers = read_layers(network)
+    for name, layer in layers.items():
+        layer.watch = partial(watch, name)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.watch = None
+
+
 @torch.no_grad()
 def layer_table(network: Network, x: torch.Tensor) -> list[dict[str, Any]]:
     """One row per layer: its cost for one image (as Plan.cost), input and step in numbers, clip rate on real-valued inputs x."""
     rows: dict[str, dict[str, Any]] = {}
-    names = {id(layer): name for name, layer in read_layers(network).items()}
 
-    def watch(layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> None:
-        rows[names[id(layer)]] = _row(layer, codes, weight)
+    def watch(name: str, layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> None:
+        rows[name] = _row(layer, codes, weight)
 
-    for layer in read_layers(network).values():
-        layer.watch = watch
-    try:
+    with watched(network, watch):
         network.eval()(x)
-    finally:
-        for layer in read_layers(network).values():
-            layer.watch = None
     shapes = {n.name: n.shape for n in network.graph.convs()}
     return [{**layer.plan.cost(prod(shapes[name]) // layer.plan.geometry.columns), **rows[name]} for name, layer in read_layers(network).items()]
 

@@ -1,0 +1,314 @@
+"""Which layer's ADC costs the accuracy: what each ADC does to its reads, and what the network loses to it.
+
+    clip rate     share of the reads beyond full scale
+    SQNR          10 log10(sum h p**2 / sum h (value(code(p)) - p)**2), over a histogram h of partial sums
+    clip noise    share of that squared error which the reads beyond full scale make
+    codes used    share of the codes that occur at all
+    loss alone    top-1 with all ADCs ideal, less top-1 with only this one real
+    regained      top-1 with only this one ideal, less top-1 with all ADCs real
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rqtool.errors import escaped
+from rqtool.hardware import adc
+from rqtool.mapping.plan import Plan
+from rqtool.model.network import Network
+from rqtool.train.finetune import EVAL_BATCH, Feed, fitting_network
+from rqtool.train.histogram import tile_histograms
+from rqtool.train.layers import ReadLayer, group_shape, level_units
+from rqtool.train.measure import clip_bounds, watched
+from rqtool.train.rewrite import read_layers
+
+CLIPPED, CLIP_NOISE = 0.01, 0.5  # more reads beyond full scale, which make more of the error: the range is too small
+FEW_CODES = 0.5  # fewer of the codes in use than this: the range is too large
+REASONS = {
+    "range too small": "its range is too small",
+    "range too large": "its range is too large",
+    "resolution too low": "its range fits, but its resolution is too low",
+}
+
+
+# -- an ADC over every partial sum --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Converter:
+    """What a layer's ADCs (G of them: one, or one for each column or tile) make of every partial sum p_min .. p_max.
+
+    code: uint8 [G, P]; value: float64 [G, P], in partial-sum units; clipped: bool [G, P]; codes: how many each ADC has.
+    """
+
+    p: np.ndarray
+    code: np.ndarray
+    value: np.ndarray
+    clipped: np.ndarray
+    codes: int
+
+
+def converter(layer: ReadLayer) -> Converter:
+    """The ADCs of a layer, code by code from hardware/adc.py; the layer's ADC is not ideal."""
+    macro = layer.plan.macro
+    p = np.arange(macro.p_min, macro.p_max + 1)
+    code, value = (_free if macro.levels == "free" else _uniform)(layer, p)
+    lo, hi = np.array(clip_bounds(layer)).T[:, :, None]
+    return Converter(p, code.astype(np.uint8), value, (p < lo) | (p > hi), macro.top + 1)
+
+
+def _uniform(layer: ReadLayer, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    macro, numbers = layer.plan.macro, layer.adc()
+    zero = int(numbers.zero.view(-1)[0])
+    mult, step = (t.expand(group_shape(layer.plan)).reshape(-1, 1).numpy() for t in (numbers.mult, numbers.step))
+    code = adc.uniform_code(p, mult, macro.shift, zero, macro.top)
+    return code, adc.uniform_value(code, zero, step)
+
+
+def _free(layer: ReadLayer, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    code = adc.threshold_code(p, layer.thresholds.tolist())[None]
+    return code, adc.level_value(code, layer.levels.tolist()) / level_units(layer.plan.macro)
+
+
+# -- what it does to its reads ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Reads:
+    """Sums over some reads. signal, noise: of p**2 and of (value - p)**2; clip_noise: of the latter, beyond full scale;
+    hit: bool [G, codes], which codes occurred."""
+
+    count: int
+    clipped: int
+    signal: float
+    noise: float
+    clip_noise: float
+    hit: np.ndarray
+
+    def figures(self) -> dict[str, float | None]:
+        """clip_rate, clip_noise and codes_used from 0 to 1; sqnr in dB; clip_noise and sqnr are None where no read is changed."""
+        exact = self.noise == 0 or self.signal == 0
+        sqnr, clip_noise = (None, None) if exact else (10 * math.log10(self.signal / self.noise), self.clip_noise / self.noise)
+        return {"clip_rate": self.clipped / max(1, self.count), "clip_noise": clip_noise, "sqnr": sqnr, "codes_used": float(self.hit.mean())}
+
+
+def judged(histogram: np.ndarray, adcs: Converter, rows: slice = slice(None)) -> Reads:
+    """What the ADCs `rows` do to the reads counted in histogram, int64 [G of these rows, P]."""
+    used = np.flatnonzero(histogram.any(0))  # of thousands of partial sums a tile has hundreds
+    histogram, p = histogram[:, used], adcs.p[used].astype(np.float64)
+    code, value, clipped = (table[rows][:, used] for table in (adcs.code, adcs.value, adcs.clipped))
+    place = code + adcs.codes * np.arange(len(code))[:, None]
+    hit = np.bincount(place.ravel(), histogram.ravel(), len(code) * adcs.codes).reshape(-1, adcs.codes) > 0
+    signal, noise = histogram.sum(0) @ p**2, histogram * (value - p) ** 2
+    return Reads(int(histogram.sum()), int(histogram[clipped].sum()), float(signal), float(noise.sum()), float(noise[clipped].sum()), hit)
+
+
+def together(parts: list[Reads], by_tile: bool) -> Reads:
+    """All tiles of a layer as one; by_tile: each has an ADC of its own."""
+    hits = [part.hit for part in parts]
+    sums = (sum(getattr(part, name) for part in parts) for name in ("count", "clipped", "signal", "noise", "clip_noise"))
+    return Reads(*sums, np.concatenate(hits) if by_tile else np.logical_or.reduce(hits))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One layer's reads. figures: of `Reads.figures`; tiles: the same for each tile, with its number; histogram: int64 [P], all reads;
+    thresholds, full_scale: of the ADC with the median step; adcs: how many there are."""
+
+    plan: Plan
+    figures: dict[str, Any]
+    tiles: list[dict[str, Any]]
+    histogram: np.ndarray
+    thresholds: tuple[int, ...]
+    full_scale: tuple[int, int]
+    adcs: int
+
+
+def seen(layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> Seen:
+    """What a layer's ADCs do to the reads of padded input codes [N, C, H, W] and weights [O, K]."""
+    adcs, by_tile = converter(layer), layer.plan.macro.granularity == "tile"
+    total, parts = np.zeros(adcs.p.size, np.int64), []
+    for t, histogram in enumerate(tile_histograms(codes, weight, layer.plan)):
+        total += histogram.sum(0)
+        parts.append(judged(histogram, adcs, slice(t, t + 1) if by_tile else slice(None)))
+    tiles = [{"tile": t, **part.figures()} for t, part in enumerate(parts)]
+    return Seen(layer.plan, together(parts, by_tile).figures(), tiles, total, *_typical(layer), len(adcs.code))
+
+
+def _typical(layer: ReadLayer) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """(thresholds, full scale) of the ADC with the median step."""
+    macro, bounds = layer.plan.macro, clip_bounds(layer)
+    if macro.levels == "free":
+        return tuple(layer.thresholds.tolist()), bounds[0]
+    numbers = layer.adc()
+    mults = numbers.mult.expand(group_shape(layer.plan)).flatten().tolist()
+    g = sorted(range(len(mults)), key=mults.__getitem__)[len(mults) // 2]
+    return adc.uniform_thresholds(mults[g], macro.shift, int(numbers.zero.view(-1)[0]), macro.top), bounds[g]
+
+
+@torch.no_grad()
+def look(network: Network, x: torch.Tensor) -> dict[str, Seen]:
+    """What each layer's ADCs do to their reads of real-valued inputs x, by name; layers with an ideal ADC are left out."""
+    found: dict[str, Seen] = {}
+
+    def watch(name: str, layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> None:
+        if not layer.plan.macro.ideal:
+            found[name] = seen(layer, codes, weight)
+
+    with watched(network, watch):
+        network.eval()(x)
+    return found
+
+
+# -- what the network loses to it ---------------------------------------------------------------------------------------
+@contextmanager
+def ideal_adcs(network: Network, names: Collection[str]) -> Iterator[None]:
+    """Within: the layers `names` are read by ideal ADCs, all others by their own; afterwards all are as before."""
+    layers = read_layers(network)
+    before = {name: layer.ideal_adc for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.ideal_adc = name in names
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.ideal_adc = before[name]
+
+
+def trials(network: Network) -> list[frozenset[str]]:
+    """Which layers are ideal in each measurement: none, all, all but one, only one. A network with ideal ADCs has nothing to try."""
+    layers = read_layers(network)
+    if all(layer.plan.macro.ideal for layer in layers.values()):
+        return [frozenset()]
+    every = frozenset(layers)
+    return list(dict.fromkeys([frozenset(), every, *(every - {name} for name in layers), *(frozenset({name}) for name in layers)]))
+
+
+@torch.no_grad()
+def accuracy(network: Network, feed: Feed, done: Callable[[int], None] = lambda n: None) -> float:
+    """Percent of images whose largest score is the label's, in eval mode; done(n) after each n images."""
+    network.eval()
+    hits, size = 0, fitting_network(network, EVAL_BATCH)
+    for at in range(0, len(feed), size):
+        labels = feed.labels(slice(at, at + size))
+        hits += int((network(feed.real(slice(at, at + size))).argmax(1) == labels).sum())
+        done(len(labels))
+    return 100 * hits / len(feed)
+
+
+def accuracies(network: Network, feed: Feed, done: Callable[[int], None] = lambda n: None) -> dict[frozenset[str], float]:
+    """Top-1 in percent for every one of `trials`."""
+    found = {}
+    for ideal in trials(network):
+        with ideal_adcs(network, ideal):
+            found[ideal] = accuracy(network, feed, done)
+    return found
+
+
+# -- the verdict --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Diagnosis:
+    """Which layer's ADC costs most. Accuracies in percent of `images` images, by the trained network in floating point.
+
+    counting_error: two standard errors of top-1 on so many images, in points, and at least one image. worst: the layer that loses most
+    alone, None where none loses more than that; reason: of REASONS. layers: rows in network order, as docs/json.md describes them.
+    """
+
+    source: str
+    images: int
+    measured_on: str
+    sample_images: int
+    real_top1: float
+    ideal_top1: float
+    counting_error: float
+    worst: str | None
+    reason: str | None
+    sentence: str
+    layers: list[dict[str, Any]]
+    plots: list[str]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+NOTHING = {"clip_rate": None, "clip_noise": None, "sqnr": None, "codes_used": None}
+
+
+def layer_rows(found: dict[str, Seen], top1: dict[frozenset[str], float], names: Collection[str]) -> list[dict[str, Any]]:
+    """A row for each layer: its figures, what it loses alone, what is regained without it, its tiles, and the worst of them."""
+    none, every = frozenset(), frozenset(names)
+    rows = []
+    for name in names:
+        loss, regained = (0.0, 0.0) if every not in top1 else (top1[every] - top1[every - {name}], top1[frozenset({name})] - top1[none])
+        figures, tiles = (found[name].figures, found[name].tiles) if name in found else (NOTHING, [])
+        rows.append({"layer": name, "loss_alone": loss, "regained": regained, **figures, "worst_tile": worst_tile(tiles), "tiles": tiles})
+    return rows
+
+
+def worst_tile(tiles: list[dict[str, Any]]) -> int | None:
+    """The number of the tile with the lowest SQNR; None where no read of any tile is changed.
+
+    >>> worst_tile([{"tile": 0, "sqnr": 9.0}, {"tile": 1, "sqnr": 7.5}, {"tile": 2, "sqnr": None}])
+    1
+    """
+    changed = [row for row in tiles if row["sqnr"] is not None]
+    return min(changed, key=lambda row: row["sqnr"])["tile"] if changed else None
+
+
+def counting_error(top1: float, images: int) -> float:
+    """Two standard errors of a share of `top1` percent counted on so many images, in points; at least what one image is worth.
+
+    The largest of many losses is not rarely beyond one standard error when all are chance.
+
+    >>> counting_error(90.0, 900), counting_error(100.0, 200)
+    (2.0, 0.5)
+    """
+    return max(2 * math.sqrt(top1 * (100 - top1) / images), 100 / images)
+
+
+def reason(figures: dict[str, Any]) -> str:
+    """Why an ADC does badly, by plain rules. Calibration for the least error clips some per cent at few bits, rightly: what clips is to
+    blame only where it also makes most of the error.
+
+    >>> [reason({"clip_rate": c, "clip_noise": n, "codes_used": 0.3}) for c, n in ((0.02, 0.6), (0.02, 0.4), (0.01, 0.6))]
+    ['range too small', 'range too large', 'range too large']
+    >>> reason({"clip_rate": 0.02, "clip_noise": 0.4, "codes_used": 1.0})
+    'resolution too low'
+    """
+    if figures["clip_rate"] > CLIPPED and (figures["clip_noise"] or 0) > CLIP_NOISE:
+        return "range too small"
+    return "range too large" if figures["codes_used"] < FEW_CODES else "resolution too low"
+
+
+def verdict(rows: list[dict[str, Any]], real: float, ideal: float, error: float) -> dict[str, str | None]:
+    """worst, reason and the sentence that says so; real, ideal: top-1 with all ADCs real and all ideal; error: the counting error."""
+    if all(row["clip_rate"] is None for row in rows):
+        return {"worst": None, "reason": None, "sentence": "every ADC is ideal, so nothing is lost to one"}
+    row = max(rows, key=lambda row: row["loss_alone"])
+    if row["loss_alone"] <= error:
+        said = f"no layer alone loses more than the counting error of the images, {error:.2f} points; all together lose {ideal - real:.2f}"
+        return {"worst": None, "reason": None, "sentence": said}
+    sqnr = "no loss in the sample" if row["sqnr"] is None else f"SQNR {row['sqnr']:.1f} dB"
+    head = f"largest loss alone: {escaped(row['layer'])}, {row['loss_alone']:.2f} points; clip {100 * row['clip_rate']:.1f} %, {sqnr}"
+    return {"worst": row["layer"], "reason": reason(row), "sentence": f"{head}: {REASONS[reason(row)]}"}
+
+
+def examine(network: Network, feed: Feed, sample: torch.Tensor, done: Callable[..., None]) -> tuple[dict[str, Seen], dict[str, Any]]:
+    """(what each layer's ADCs do to the reads of `sample`, the fields of a `Diagnosis` that follow from it and from top-1 on the feed).
+
+    sample: real-valued inputs [N, ...]. done(n, note) after each n of (1 + number of trials) * images; the last note is the verdict.
+    """
+    names = list(read_layers(network))
+    found = look(network, sample)
+    done(len(feed))
+    top1 = accuracies(network, feed, done)
+    real = top1[frozenset()]
+    ideal = top1.get(frozenset(names), real)  # ideal ADCs were tried once
+    rows, error = layer_rows(found, top1, names), counting_error(ideal, len(feed))
+    said = verdict(rows, real, ideal, error)
+    done(0, said["sentence"])
+    return found, {"images": len(feed), "sample_images": len(sample), "real_top1": real, "ideal_top1": ideal, "counting_error": error, **said, "layers": rows}
