@@ -15,6 +15,7 @@ import importlib
 import io
 import json
 import statistics
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ EXPERIMENTS = {
     "mnist-nthu-2019": Experiment("mnist", preset="nthu-2019"),
     "mnist-4-4-4-no-teacher": Experiment("mnist", teacher="none"),
     "mnist-4-4-4-relaxed-no-teacher": Experiment("mnist", mode="relaxed", teacher="none"),
+    "mnist-nthu-2019-relaxed-no-teacher": Experiment("mnist", preset="nthu-2019", mode="relaxed", teacher="none"),
     "mnist-4-4-4-ideal-teacher": Experiment("mnist", teacher="ideal"),
     "mnist-4-4-4-column": Experiment("mnist", macro=(("granularity", "column"),)),
     "mnist-4-4-4-shift": Experiment("mnist", augment="shift"),
@@ -126,6 +128,13 @@ def known_twin(name: str, seed: int, rows: Path) -> float | None:
     return found[0] if found else None
 
 
+def commit() -> str:
+    """The commit of this working copy, "unknown" outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
 def run(name: str, seed: int, shared: Path, data: rqtool.Data, rows: Path) -> dict:
     """The JSON result of one job."""
     task = TASKS[EXPERIMENTS[name].task]
@@ -133,6 +142,7 @@ def run(name: str, seed: int, shared: Path, data: rqtool.Data, rows: Path) -> di
     preprocess, twin = rqtool.Preprocess(mean=task.mean, std=task.std), known_twin(name, seed, rows)
     model = read_model(task, shared / "models")
     result = rqtool.quantize(model, data, macro_of(name), recipe=recipe, preprocess=preprocess, twin=twin is None).to_json()
+    result["commit"] = commit()
     if twin is not None:
         result["metrics"] |= {"ideal_top1": twin, "adc_loss": twin - result["metrics"]["tuned_top1"]}
     return result
@@ -156,7 +166,7 @@ def row(name: str, results: list[dict]) -> str:
     m, macro, recipe = [r["metrics"] for r in results], results[0]["macro"], results[0]["recipe"]
     column = {key: spread([x[key] for x in m]) for key in ("float_top1", "ptq_top1", "tuned_top1", "ideal_top1", "adc_loss")}
     setting = f"{macro['wl']} rows on, {macro['in_bits']}/{macro['w_bits']} bits, {macro['adc_bits']}-bit ADC, {macro['codebook']}, {macro['sign_scheme']}, step per {macro['granularity']}"
-    cells = [name, setting, recipe_cell(recipe), f"{m[0]['reads_per_mac']:.4f}", str(recipe["epochs"] + recipe.get("ideal_epochs", 0)), str(len(results)), *column.values(), f"{min(x['agreement'] for x in m):.2f}"]
+    cells = [name, setting, recipe_cell(recipe), f"{m[0]['reads_per_mac']:.4f}", str(recipe["epochs"] + recipe.get("ideal_epochs", 0)), str(len(results)), *column.values(), f"{min(x['agreement'] for x in m):.2f}", ", ".join(sorted({r.get("commit", "earlier") for r in results}))]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -168,13 +178,13 @@ def report(rows: Path) -> str:
         "the seeds. No layer is kept off the macro. Selection is on held-out training images. The ideal-ADC twin starts from the same weights and",
         "is trained for as many epochs with the same seed; the loss is twin minus fine-tuned, in points. \"Agreement\" is the smallest share of test",
         "images over the seeds on which the integer program and the served network in floating point name the same class. A teacher is the float network",
-        f"(weight {DISTILL_WEIGHT} of the loss) and teaches the twin, too. All rows were made on one thread.", "",
+        f"(weight {DISTILL_WEIGHT} of the loss) and teaches the twin, too. A row without a commit is an earlier one.", "",
     ]  # fmt: skip
     for key, task in TASKS.items():
         names = [n for n, e in EXPERIMENTS.items() if e.task == key]
         found = {n: [json.loads(p.read_text()) for p in sorted(rows.glob(f"{n}-seed*.json"))] for n in names}
-        lines += [f"## {task.title}", "", "| job | setting | recipe | reads per MAC | epochs | seeds | float | post-training | fine-tuned | ideal-ADC twin | loss | agreement |"]
-        lines += ["|" + "---|" * 12, *(row(n, r) for n, r in found.items() if r), ""]
+        lines += [f"## {task.title}", "", "| job | setting | recipe | reads per MAC | epochs | seeds | float | post-training | fine-tuned | ideal-ADC twin | loss | agreement | commit |"]
+        lines += ["|" + "---|" * 13, *(row(n, r) for n, r in found.items() if r), ""]
     return "\n".join(lines)
 
 

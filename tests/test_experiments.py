@@ -30,9 +30,9 @@ def result(tuned: float, ideal: float, agreement: float) -> dict:
 
 
 def test_a_row_is_mean_and_half_the_range_over_seeds(experiments: ModuleType) -> None:
-    row = experiments.row("mnist-4-4-4", [result(99.4, 99.5, 100.0), result(99.5, 99.5, 99.9)])
+    row = experiments.row("mnist-4-4-4", [result(99.4, 99.5, 100.0), {**result(99.5, 99.5, 99.9), "commit": "abc1234"}])
     assert row == (
-        "| mnist-4-4-4 | 9 rows on, 4/4 bits, 4-bit ADC, twos, signed, step per layer | relaxed | 0.1111 | 2 | 2 | 99.50 ± 0.00 | 99.00 ± 0.00 | 99.45 ± 0.05 | 99.50 ± 0.00 | 0.05 ± 0.05 | 99.90 |"
+        "| mnist-4-4-4 | 9 rows on, 4/4 bits, 4-bit ADC, twos, signed, step per layer | relaxed | 0.1111 | 2 | 2 | 99.50 ± 0.00 | 99.00 ± 0.00 | 99.45 ± 0.05 | 99.50 ± 0.00 | 0.05 ± 0.05 | 99.90 | abc1234, earlier |"
     )
 
 

@@ -23,7 +23,7 @@ from rqtool.kernels.choose import FLOAT32_WHOLE
 from rqtool.kernels.spec import ReadSpec, Tables, free_level_spec, make_spec, over_reads
 from rqtool.mapping.plan import FREE_LEVEL_PEAK, Plan
 from rqtool.train.quantizers import InputQuantizer, WeightQuantizer
-from rqtool.train.reads import pad_codes, reads, split_planes, table_reads, unpadded
+from rqtool.train.reads import pad_codes, reads, scaled, split_planes, table_reads, unpadded
 from rqtool.train.relax import Relaxation, slope_tables
 from rqtool.train.soft import CALLS
 
@@ -149,7 +149,7 @@ class ReadLayer(nn.Module):
         offset = -scale * self.input.zero * weight.sum(1)
         if self.bias is not None:
             offset = offset + self.bias
-        return torch.addcmul(offset.view(1, -1, 1, 1), y, scale.view(1, -1, 1, 1))
+        return scaled(y, scale, offset)
 
     def exact(self, codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """What an ideal ADC gives: the whole-number convolution (every sign scheme and slicing sums to it)."""
