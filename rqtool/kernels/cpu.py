@@ -11,18 +11,17 @@ them and by float32 elsewhere; codes are exact where `codes` and `codes16` give 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numba import njit
 
 from rqtool.kernels import strips, vector
+from rqtool.kernels.layout import layout_of, offsets_of, packed, scratch
 from rqtool.kernels.spec import ReadSpec, Tables
 from rqtool.kernels.strips import ADC, ADC16, BLOCK, FREE_BITS, GROUPS, HARD, LEVELS16, NOISY, POSITIONS, STRIP, TABLE, WORD
 from rqtool.kernels.threads import each
 from rqtool.kernels.vector import BYTES, DOT8, LANES
-from rqtool.mapping.plan import Geometry
 
 MAX_CHUNKS = 8
 MOST8, MOST15 = 127, 32767
@@ -43,90 +42,6 @@ def compiled(function):
     stamps = tuple(path.stat() for path in EMITTERS)
     made._cache._cache_file._source_stamp = tuple(n for s in stamps for n in (s.st_mtime, s.st_size))
     return made
-
-
-# -- layouts: where each weight goes, as index arrays made once a layer ------------------------------------------------------
-@dataclass(frozen=True)
-class _Layout:
-    """How one group's [columns, K] weights are packed; index K * columns stands for a zero.
-
-    words: int64 [T, 2], first word and words of each tile; rows: int64 [4 * words], the row of the group in each byte (a row that
-    only fills a word repeats another one); live: int64 [K], the byte of each row.
-    dot8, plain: weight index of each packed byte or float of `read`; back: the same for the gradient of rows; dw: [columns, K], the place of
-    each weight's gradient. steps: int64 [.., 5], the gradients' steps: (tile, first byte, size of GROUPS, start in back, start in dw).
-    """
-
-    words: np.ndarray
-    rows: np.ndarray
-    live: np.ndarray
-    dot8: np.ndarray
-    plain: np.ndarray
-    back: np.ndarray
-    dw: np.ndarray
-    dw_size: int
-    steps: np.ndarray
-
-
-@lru_cache(maxsize=256)
-def _layout(columns: int, tiles: tuple[tuple[int, int], ...]) -> _Layout:
-    k_rows, padded = tiles[-1][1], -(-columns // STRIP) * STRIP
-    index = np.full((padded, k_rows + 1), columns * k_rows)
-    index[:columns, :k_rows] = np.arange(columns * k_rows).reshape(columns, k_rows)
-    words, rows, dot8, plain, back, steps, dw = [], [], [], [], [], [], np.zeros((padded, k_rows), np.int64)
-    at_word = at_back = at_dw = 0
-    for t, (start, stop) in enumerate(tiles):
-        n_words = -(-(stop - start) // WORD)
-        bytes_of = np.concatenate([np.arange(start, stop), np.full(n_words * WORD - (stop - start), k_rows)])
-        words.append((at_word, n_words))
-        rows.append(np.minimum(bytes_of, stop - 1))
-        dot8.append(index[:, bytes_of].reshape(-1, STRIP, n_words, WORD).transpose(0, 2, 1, 3).ravel())
-        plain.append(index[:, start:stop].reshape(-1, STRIP, stop - start).transpose(0, 2, 1).ravel())
-        row = start
-        while row < stop:
-            size = 0 if stop - row >= GROUPS[0][0] else 1
-            n, wide = GROUPS[size]
-            of_step = np.concatenate([np.arange(row, min(row + n, stop)), np.full(max(0, row + n - stop), k_rows)])
-            steps.append((t, at_word * WORD + row - start, size, at_back, at_dw))
-            back.append(index[:, of_step].ravel())
-            lanes = -(-n * wide // LANES) * LANES
-            place = at_dw + np.arange(padded)[:, None] // wide * lanes + np.arange(padded)[:, None] % wide * n + np.arange(n)[None]
-            dw[:, row : min(row + n, stop)] = place[:, : min(n, stop - row)]
-            at_back, at_dw, row = at_back + padded * n, at_dw + padded // wide * lanes, row + n
-        at_word += n_words
-    rows = np.concatenate(rows)
-    live = np.concatenate([WORD * first + np.arange(stop - start) for (first, _), (start, stop) in zip(words, tiles)])
-    return _Layout(np.array(words), rows, live, np.concatenate(dot8), np.concatenate(plain), np.concatenate(back), dw[:columns], at_dw, np.array(steps))
-
-
-@lru_cache(maxsize=256)
-def _offsets(geometry: Geometry, tiles: tuple[tuple[int, int], ...], height: int, width: int) -> np.ndarray:
-    """int64 [4 * words]: where the row of each byte starts in an image of the padded [C, height, width], counted from the group's first channel."""
-    (kh, kw), (dh, dw) = geometry.kernel, geometry.dilation
-    channel, place = np.divmod(_layout(geometry.group_columns, tiles).rows, kh * kw)
-    return channel * height * width + place // kw * dh * width + place % kw * dw
-
-
-def _packed(weight: np.ndarray, spec: ReadSpec, index: np.ndarray, dtype: type) -> np.ndarray:
-    """[groups, ..] of `dtype` from the whole-number weight [O, K]."""
-    g = spec.geometry
-    flat = np.zeros((g.groups, g.group_columns * g.rows + 1), dtype)
-    flat[:, :-1] = weight.reshape(g.groups, -1)
-    return _aligned(np.take(flat, index, axis=1))
-
-
-def _aligned(a: np.ndarray) -> np.ndarray:
-    """A copy that starts at a whole vector."""
-    out = _scratch(a.shape, a.dtype)
-    out[...] = a
-    return out
-
-
-def _scratch(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Zeros that start at a whole vector."""
-    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(count + BYTES, np.uint8)
-    start = -raw.ctypes.data % BYTES
-    return raw[start : start + count].view(dtype).reshape(shape)
 
 
 # -- a block of positions ------------------------------------------------------------------------------------------------
@@ -224,7 +139,7 @@ def _take_in(gy, column, columns, found, n_found, grad):
 def _forward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images, words, rows, acc, out):
     """Write out [N, O, L] for images[0] .. images[1].
 
-    x: uint8, all of it; tiles: int64 [T, 3] (first word, words, rows); w: [groups, ..] as in `_Layout`; adcs: ADC records
+    x: uint8, all of it; tiles: int64 [T, 3] (first word, words, rows); w: [groups, ..] as in `Layout`; adcs: ADC records
     [groups, T, columns padded to 4]; shape: as for `_runs`. words, rows, acc: scratch.
     """
     size, columns = shape[0] * shape[1], out.shape[1] // w.shape[0]
@@ -276,7 +191,7 @@ def _forward16(x, offsets, group_size, tiles, w, adcs, form, period, shape, imag
 
 @compiled
 def _backward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images, words, rows, back, steps, live, grad, d, drows, gy, dx, dw, sums):
-    """Add the gradients of images[0] .. images[1] to dx (like x, float32), dw (as in `_Layout`) and sums [groups, T, 2, padded columns].
+    """Add the gradients of images[0] .. images[1] to dx (like x, float32), dw (as in `Layout`) and sums [groups, T, 2, padded columns].
 
     gy: float32 [N, O, L], the gradient of sum over tiles of step * q. Other arguments as in `_forward`; grad, d, drows: scratch.
     """
@@ -328,10 +243,10 @@ class Prepared:
 
     def __init__(self, weight: np.ndarray, spec: ReadSpec, table: str = "value", *, dot8: bool = True) -> None:
         g = spec.geometry
-        self.spec, self.layout = spec, _layout(g.group_columns, spec.tiles)
+        self.spec, self.layout = spec, layout_of(g.group_columns, spec.tiles)
         self.dot8 = dot8 and DOT8 and int(np.abs(weight).max(initial=0)) <= MOST8
         self.tiles = np.column_stack([self.layout.words, [stop - start for start, stop in spec.tiles]])
-        self.w = _packed(weight, spec, self.layout.dot8, np.int8) if self.dot8 else _packed(weight, spec, self.layout.plain, np.float32)
+        self.w = packed(weight, spec, self.layout.dot8, np.int8) if self.dot8 else packed(weight, spec, self.layout.plain, np.float32)
         self.padded = -(-g.group_columns // STRIP) * STRIP
         kind, self.adcs, self.kept = _adcs(spec, table, self.padded)
         self.form = kind + DOT8_FORMS * self.dot8
@@ -339,10 +254,10 @@ class Prepared:
         self.sixteen = _sixteen(spec, self.padded) if self.dot8 and table == "value" else None
 
     def words(self, positions: int) -> np.ndarray:
-        return _scratch((len(self.layout.rows) // WORD, positions + LANES), np.int32)
+        return scratch((len(self.layout.rows) // WORD, positions + LANES), np.int32)
 
     def rows(self, positions: int) -> np.ndarray:
-        return _scratch((len(self.layout.rows) + max(n for n, _ in GROUPS), positions), np.float32)
+        return scratch((len(self.layout.rows) + max(n for n, _ in GROUPS), positions), np.float32)
 
 
 class _Input:
@@ -358,7 +273,7 @@ class _Input:
         self.inner = self.whole[:, :, down : down + x.shape[2], right : right + x.shape[3]]
         self.out = replace(g, padding=(0, 0)).out_size(*shape[2:])
         self.shape = (*self.out, *g.stride, image, shape[3])
-        self.offsets = _offsets(g, spec.tiles, *shape[2:])
+        self.offsets = offsets_of(g, spec.tiles, *shape[2:])
         self.group_size = image // g.groups
 
     def fill(self, images: tuple[int, int]) -> None:
@@ -466,10 +381,10 @@ def run(prepared: Prepared, x: np.ndarray, threads: int, *, pad: int = 0, dtype:
         words, acc = prepared.words(POSITIONS), (prepared.padded, POSITIONS)
         common, sixteen = (given.flat, given.offsets, given.group_size, prepared.tiles, prepared.w), prepared.sixteen
         if sixteen:
-            _forward16(*common, sixteen.adcs, sixteen.form, sixteen.period, given.shape, images, words, _scratch(acc, np.int16), _scratch(acc, np.int32), out)
+            _forward16(*common, sixteen.adcs, sixteen.form, sixteen.period, given.shape, images, words, scratch(acc, np.int16), scratch(acc, np.int32), out)
         else:
             rows = prepared.rows(0 if prepared.dot8 else POSITIONS)
-            _forward(*common, prepared.adcs, prepared.draws, prepared.form, given.shape, images, words, rows, _scratch(acc, np.float32), out)
+            _forward(*common, prepared.adcs, prepared.draws, prepared.form, given.shape, images, words, rows, scratch(acc, np.float32), out)
 
     # images do not meet in a forward pass, so any split gives the same numbers; but noise goes with the blocks of both passes
     shares = MAX_CHUNKS if spec.noise else 1 if threads == 1 else 2 * threads
@@ -486,13 +401,13 @@ def backward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, gy: np.ndarray, 
     """
     g, prepared, given = spec.geometry, Prepared(weight, spec, "slope", dot8=dot8), _Input(x, spec, 0)
     flat, layout = np.ascontiguousarray(gy).reshape(*gy.shape[:2], -1), prepared.layout
-    back = _packed(weight, spec, layout.back, np.float32)
+    back = packed(weight, spec, layout.back, np.float32)
     dx = np.zeros(x.shape, np.float32)
 
     def task(images):
         given.fill(images)
-        dw, sums = _scratch((g.groups, layout.dw_size), np.float32), _scratch((*prepared.adcs.shape[:2], 2, prepared.padded), np.float32)
-        grad, d = (_scratch((prepared.padded, BLOCK), np.float32) for _ in range(2))
+        dw, sums = scratch((g.groups, layout.dw_size), np.float32), scratch((*prepared.adcs.shape[:2], 2, prepared.padded), np.float32)
+        grad, d = (scratch((prepared.padded, BLOCK), np.float32) for _ in range(2))
         _backward(
             given.flat, given.offsets, given.group_size, prepared.tiles, prepared.w, prepared.adcs, prepared.draws, prepared.form, given.shape, images,
             prepared.words(BLOCK), prepared.rows(BLOCK), back, layout.steps, layout.live, grad, d, prepared.rows(BLOCK), flat, dx.reshape(-1), dw, sums,
@@ -589,7 +504,7 @@ def every_level(p: np.ndarray, tables: Tables) -> list[np.ndarray]:
 
 
 def _through(convert, p: np.ndarray, record: np.ndarray, dtype: type) -> np.ndarray:
-    padded = _scratch((-(-p.size // LANES) * LANES,), dtype)
+    padded = scratch((-(-p.size // LANES) * LANES,), dtype)
     padded[: p.size] = p
     out = np.empty_like(padded)
     convert(padded, record, out)
