@@ -175,15 +175,15 @@ def report(rows: Path) -> str:
     lines = [
         "# Results", "",
         "Written by `make experiments` (examples/experiments.py). top-1 in percent on the test images, by the integer program; ± is half the range over",
-        "the seeds. No layer is kept off the macro. Selection is on held-out training images. The ideal-ADC twin starts from the same weights and",
+        "the runs (seeds 0, 1, ..; a seed counts again where it ran at another commit). No layer is kept off the macro. Selection is on held-out training images. The ideal-ADC twin starts from the same weights and",
         "is trained for as many epochs with the same seed; the loss is twin minus fine-tuned, in points. \"Agreement\" is the smallest share of test",
-        "images over the seeds on which the integer program and the served network in floating point name the same class. A teacher is the float network",
+        "images over the runs on which the integer program and the served network in floating point name the same class. A teacher is the float network",
         f"(weight {DISTILL_WEIGHT} of the loss) and teaches the twin, too. A row without a commit is an earlier one.", "",
     ]  # fmt: skip
     for key, task in TASKS.items():
         names = [n for n, e in EXPERIMENTS.items() if e.task == key]
         found = {n: [json.loads(p.read_text()) for p in sorted(rows.glob(f"{n}-seed*.json"))] for n in names}
-        lines += [f"## {task.title}", "", "| job | setting | recipe | reads per MAC | epochs | seeds | float | post-training | fine-tuned | ideal-ADC twin | loss | agreement | commit |"]
+        lines += [f"## {task.title}", "", "| job | setting | recipe | reads per MAC | epochs | runs | float | post-training | fine-tuned | ideal-ADC twin | loss | agreement | commit |"]
         lines += ["|" + "---|" * 13, *(row(n, r) for n, r in found.items() if r), ""]
     return "\n".join(lines)
 
