@@ -24,7 +24,7 @@ from rqtool.report.plots import histogram_svg, plot_files
 from rqtool.train.calibrate import calibrate
 from rqtool.train.diagnose import Converter, accuracies, converter, ideal_adcs, judged, layer_rows, look, together, trials, verdict
 from rqtool.train.histogram import partial_sum_histogram, tile_histograms
-from rqtool.train.layers import ReadLayer, level_units
+from rqtool.train.layers import ReadLayer, group_shape, level_units
 from rqtool.train.measure import clip_rate, layer_table, watched
 from rqtool.train.reads import pad_codes
 from rqtool.train.rewrite import read_layers, rewrite
@@ -105,9 +105,9 @@ def test_the_converter_is_the_definition(name):
         assert found.value[0].tolist() == [levels[c] / level_units(macro) for c in found.code[0]]
         return
     numbers = layer.adc()
-    mults, zero = numbers.mult.flatten().tolist(), int(numbers.zero)
-    assert found.code.tolist() == [[adc.uniform_code(int(p), m, macro.shift, zero, macro.top) for p in found.p] for m in mults]
-    np.testing.assert_array_equal(found.value, numbers.step.reshape(-1, 1).numpy() * (found.code.astype(int) - zero))
+    mults, zeros = (a.expand(group_shape(layer.plan)).flatten().tolist() for a in (numbers.mult, numbers.zero))
+    assert found.code.tolist() == [[adc.uniform_code(int(p), m, macro.shift, zero, macro.top) for p in found.p] for m, zero in zip(mults, zeros)]
+    np.testing.assert_array_equal(found.value, numbers.step.reshape(-1, 1).numpy() * (found.code.astype(int) - np.array(zeros)[:, None]))
 
 
 @pytest.mark.parametrize("name", MACROS)

@@ -21,7 +21,7 @@ from rqtool.mapping.planes import input_planes, weight_planes
 from rqtool.program import golden
 from rqtool.program.ir import Op, Program, Tensor
 from rqtool.train.frozen import frozen_layer
-from rqtool.train.layers import ReadLayer, adc_numbers
+from rqtool.train.layers import ReadLayer, adc_numbers, group_shape
 from rqtool.train.reads import pad_codes, split_planes
 from rqtool.train.relax import Relaxation, mean_slope
 
@@ -243,7 +243,7 @@ def test_a_zero_s_gradient_is_the_sum_over_all_reads(name, mode):
     about = {"sign_scheme": "split", "codebook": "twos"} if name == "split" else {"dac_bits": 2} if name == "serial" else {"granularity": name}
     macro, g = Macro(adc_bits=3, wl=5, **about), Geometry(2, 4, (3, 3))
     layer = layer_of(macro, g).train()
-    layer.set_zero(3)
+    layer.set_zero(np.array([3, 4, 2, 5])[np.arange(layer.zero.numel()) % 4])
     layer.real_zero.requires_grad_()
     with torch.no_grad():
         layer.log_step.copy_((10 + 4 * torch.rand(layer.log_step.shape, generator=torch.Generator().manual_seed(8))).log())
@@ -252,16 +252,18 @@ def test_a_zero_s_gradient_is_the_sum_over_all_reads(name, mode):
     gy = torch.randn(2, 4, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     y = layer.read(x, w)
     (y * gy.float()).sum().backward()
-    numbers, expected = layer.adc(), 0.0
-    step = numbers.step.expand(len(layer.plan.tiles), 4)
+    numbers, expected = layer.adc(), torch.zeros(len(layer.plan.tiles), 4, dtype=torch.float64)
+    step, zero = (a.expand(expected.shape) for a in (numbers.step, numbers.zero))
     for a, b in product(zip(layer.plan.input_planes, split_planes(x, layer.plan.input_planes)), zip(layer.plan.weight_planes, split_planes(w, layer.plan.weight_planes))):
         rows = F.unfold(a[1].detach().double(), g.kernel)
         for t, (first, last) in enumerate(layer.plan.tiles):
-            p, s = torch.einsum("ok,nkl->nol", b[1].detach().double()[:, first:last], rows[:, first:last]), step[t].view(1, -1, 1)
-            code = torch.floor(p / s + 0.5) + 3
-            slope = ((code >= 0) & (code <= 7)).double() if mode == "ste" else mean_slope(p / s + 3, 7, 0.3)
-            expected += float((a[0].factor * b[0].factor * gy.flatten(2) * s * (slope - 1)).sum())
-    assert layer.real_zero.grad.item() == pytest.approx(expected, rel=2e-3 if name == "tile" else 1e-4)
+            p = torch.einsum("ok,nkl->nol", b[1].detach().double()[:, first:last], rows[:, first:last])
+            s, z = (table[t].view(1, -1, 1) for table in (step, zero))
+            code = torch.floor(p / s + 0.5) + z
+            slope = ((code >= 0) & (code <= 7)).double() if mode == "ste" else mean_slope(p / s + z, 7, 0.3)
+            expected[t] += (a[0].factor * b[0].factor * gy.flatten(2) * s * (slope - 1)).sum((0, 2))
+    expected = expected.sum_to_size(layer.zero.shape)
+    assert torch.allclose(layer.real_zero.grad, expected, rtol=2e-3 if name == "tile" else 1e-4, atol=1e-4 * float(expected.abs().max()))
     layer.real_zero.requires_grad_(False)
     assert torch.equal(layer.read(x, w), y)
 
@@ -271,6 +273,13 @@ def test_a_state_without_a_learned_zero_is_read():
     layer.set_zero(11)
     other.load_state_dict({name: value for name, value in layer.state_dict().items() if name != "real_zero"})
     assert (int(other.zero), other.real_zero.item()) == (11, 11.0)
+
+
+def test_a_state_with_one_zero_for_all_groups_is_read():
+    state = layer_of(Macro(), GEOMETRIES["conv"]).state_dict()
+    other = layer_of(Macro(granularity="column"), GEOMETRIES["conv"])
+    other.load_state_dict(other.state_dict() | {name: torch.full_like(state[name], 11) for name in ("zero", "real_zero")})
+    assert (other.zero == 11).all() and (other.real_zero == 11).all() and other.zero.shape == group_shape(other.plan)
 
 
 @pytest.mark.parametrize("name", ["layer", "column", "tile"])

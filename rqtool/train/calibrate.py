@@ -25,22 +25,21 @@ LEVEL_BINS = 1024  # a free-level search merges partial sums beyond this many
 
 
 # -- the ADC of a histogram ------------------------------------------------------------------------------------------
-def optimal_uniform(histograms: np.ndarray, macro: Macro) -> tuple[np.ndarray, int]:
-    """The (step [groups], zero) of least squared error sum_p h(p) * (value(code(p)) - p)**2.
+def optimal_uniform(histograms: np.ndarray, macro: Macro) -> tuple[np.ndarray, np.ndarray]:
+    """The (steps, zeros), float64 and int64 [groups], of least squared error sum_p h(p) * (value(code(p)) - p)**2.
 
     histograms: [groups, p_max - p_min + 1]. Steps are exact minima over 120 geometric candidates, each snapped to 2**S / M; the
-    zero is the code book's, searched over all codes for `twos`. One zero serves all groups, for one digital subtraction.
+    zero is the code book's, searched over all codes for `twos`, from the middle outwards: of equal ones, the first is taken.
     """
     used = np.flatnonzero(histograms.sum(0))
     p = used + macro.p_min
     h = histograms[:, used].astype(np.float64)
-    zeros = np.arange(macro.top + 1) if macro.codebook == "twos" else np.array([macro.zero])
+    zeros = np.array(sorted(range(macro.top + 1), key=lambda z: abs(z - macro.zero)) if macro.codebook == "twos" else [macro.zero])
     largest = max(1.0, float(np.abs(p).max(initial=1)))
     steps = np.unique(adc.snap(np.geomspace(1.0, max(1.5, 2.2 * largest / max(1, macro.top)), STEPS), macro.shift))[::-1]
     errors = np.stack([_squared_errors(p, h, mult, zeros, macro) for mult in steps])  # [steps, zeros, groups]
-    zero = int(errors.min(0).sum(-1).argmin())
-    best = errors[:, zero].argmin(0)
-    return 2.0**macro.shift / steps[best], int(zeros[zero])
+    step, zero = np.unravel_index(errors.reshape(-1, len(h)).argmin(0), errors.shape[:2])
+    return 2.0**macro.shift / steps[step], zeros[zero]
 
 
 def _squared_errors(p: np.ndarray, h: np.ndarray, mult: float, zeros: np.ndarray, macro: Macro) -> np.ndarray:

@@ -64,8 +64,7 @@ def converter(layer: ReadLayer) -> Converter:
 
 def _uniform(layer: ReadLayer, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     macro, numbers = layer.plan.macro, layer.adc()
-    zero = int(numbers.zero.view(-1)[0])
-    mult, step = (t.expand(group_shape(layer.plan)).reshape(-1, 1).numpy() for t in (numbers.mult, numbers.step))
+    mult, zero, step = (t.expand(group_shape(layer.plan)).reshape(-1, 1).numpy() for t in (numbers.mult, numbers.zero, numbers.step))
     code = adc.uniform_code(p, mult, macro.shift, zero, macro.top)
     return code, adc.uniform_value(code, zero, step)
 
@@ -144,9 +143,9 @@ def _typical(layer: ReadLayer) -> tuple[tuple[int, ...], tuple[int, int]]:
     if macro.levels == "free":
         return tuple(layer.thresholds.tolist()), bounds[0]
     numbers = layer.adc()
-    mults = numbers.mult.expand(group_shape(layer.plan)).flatten().tolist()
+    mults, zeros = (a.expand(group_shape(layer.plan)).flatten().tolist() for a in (numbers.mult, numbers.zero))
     g = sorted(range(len(mults)), key=mults.__getitem__)[len(mults) // 2]
-    return adc.uniform_thresholds(mults[g], macro.shift, int(numbers.zero.view(-1)[0]), macro.top), bounds[g]
+    return adc.uniform_thresholds(mults[g], macro.shift, zeros[g], macro.top), bounds[g]
 
 
 @torch.no_grad()

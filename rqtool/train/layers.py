@@ -40,7 +40,7 @@ def level_units(macro: Macro) -> float:
 
 
 def group_shape(plan: Plan) -> tuple[int, int]:
-    """(1 or T, 1 or O): who has a step of its own."""
+    """(1 or T, 1 or O): who has a step and a zero of its own."""
     return {"layer": (1, 1), "column": (1, plan.geometry.columns), "tile": (len(plan.tiles), 1)}[plan.macro.granularity]
 
 
@@ -63,7 +63,7 @@ class AdcNumbers:
 def adc_numbers(step: torch.Tensor, zero: torch.Tensor, macro: Macro) -> AdcNumbers:
     """The one place where real steps become integers: training's forward pass and freezing both call it.
 
-    step: float64 [1 or T, 1 or O]; zero: int64 [1, 1].
+    step: float64, zero: int64, [1 or T, 1 or O].
     """
     gain = torch.ones_like(step)
     if macro.granularity == "tile":
@@ -93,7 +93,7 @@ class ReadLayer(nn.Module):
         self.weights = WeightQuantizer(macro.q_w, g.columns)
         if not macro.ideal:
             self.log_step = nn.Parameter(torch.zeros(group_shape(plan), dtype=torch.float64), requires_grad=macro.range == "calibrated" and macro.levels == "uniform")
-            self.register_buffer("zero", torch.full((1, 1), macro.zero, dtype=torch.int64))
+            self.register_buffer("zero", torch.full(group_shape(plan), macro.zero, dtype=torch.int64))
             self.real_zero = nn.Parameter(self.zero.double(), requires_grad=False)
             if macro.levels == "free":
                 self.register_buffer("thresholds", torch.zeros(macro.top, dtype=torch.int64))
@@ -104,8 +104,10 @@ class ReadLayer(nn.Module):
         self.ideal_adc = False
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """A state from before zeros were learned has the code alone."""
+        """A state from before zeros were learned has the code alone, and one from before groups had their own has one for all."""
         if prefix + "zero" in state_dict:
+            for name in {"zero", "real_zero"} & {key.removeprefix(prefix) for key in state_dict}:
+                state_dict[prefix + name] = state_dict[prefix + name].expand(group_shape(self.plan)).clone()
             state_dict.setdefault(prefix + "real_zero", state_dict[prefix + "zero"].double())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -123,13 +125,14 @@ class ReadLayer(nn.Module):
         return macro.codebook == "twos" and macro.range == "calibrated" and macro.levels == "uniform" and not macro.ideal
 
     @torch.no_grad()
-    def set_zero(self, zero: torch.Tensor | int) -> None:
-        """Make `zero` the code of p = 0."""
-        self.zero.copy_(torch.as_tensor(zero))
-        self.real_zero.copy_(torch.as_tensor(zero))
+    def set_zero(self, zero: np.ndarray | int) -> None:
+        """Make `zero` (one for all, or one for each group of steps) the code of p = 0."""
+        zero = torch.as_tensor(np.broadcast_to(zero, self.zero.numel()).copy()).view_as(self.zero)
+        self.zero.copy_(zero)
+        self.real_zero.copy_(zero)
 
     def learned_zero(self) -> torch.Tensor:
-        """float64 [1, 1]: the code of p = 0 with the gradient of `real_zero`; the code that is served follows it."""
+        """float64 [1 or T, 1 or O]: the code of p = 0 with the gradient of `real_zero`; the code that is served follows it."""
         with torch.no_grad():
             self.zero.copy_(torch.floor(self.real_zero + 0.5).clamp(0, self.plan.macro.top))
         return self.real_zero + (self.zero - self.real_zero).detach()

@@ -59,9 +59,8 @@ def clip_bounds(layer: ReadLayer) -> list[tuple[int, int]]:
         levels = layer.levels.numpy() / level_units(macro)
         return [(int(np.floor(levels.min())), int(np.ceil(levels.max())))]
     numbers = layer.adc()
-    zero = int(numbers.zero.view(-1)[0])
-    mults = numbers.mult.expand(group_shape(layer.plan)).flatten().tolist()
-    return [adc.clip_bounds(adc.uniform_thresholds(m, macro.shift, zero, macro.top), 2.0**macro.shift / m) for m in mults]
+    groups = zip(*(a.expand(group_shape(layer.plan)).flatten().tolist() for a in (numbers.mult, numbers.zero)))
+    return [adc.clip_bounds(adc.uniform_thresholds(mult, macro.shift, zero, macro.top), 2.0**macro.shift / mult) for mult, zero in groups]
 
 
 @contextmanager
@@ -98,4 +97,4 @@ def _row(layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> dict[st
     histogram = partial_sum_histogram(codes, weight, layer.plan)
     free = layer.plan.macro.levels == "free"
     step = None if free else float(layer.adc().step.mean())
-    return row | {"step": step, "zero": None if free else int(layer.zero), "clip_rate": clip_rate(histogram, layer)}
+    return row | {"step": step, "zero": None if free else int(layer.zero.median()), "clip_rate": clip_rate(histogram, layer)}

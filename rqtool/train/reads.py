@@ -43,20 +43,17 @@ class _Reads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, spec: ReadSpec, unit: torch.Tensor) -> torch.Tensor:
-        """x [N, C, H, W] padded codes, weight [O, K], step [1 or T, 1 or O], zero [1, 1] or None, unit [1 or O]: step = unit * gain."""
+        """x [N, C, H, W] padded codes, weight [O, K], step and zero [1 or T, 1 or O], zero or None, unit [1 or O]: step = unit * gain."""
         ctx.spec, ctx.carrier = spec, choose.for_training(x, spec)
         x = ctx.carrier.keep(x)
-        ctx.save_for_backward(x, weight, step)
+        ctx.save_for_backward(x, weight, step, zero)
         return ctx.carrier.forward(x, weight, spec).mul_(unit.view(1, -1, 1, 1))
 
     @staticmethod
     def backward(ctx, gy: torch.Tensor):
-        x, weight, step = ctx.saved_tensors
+        x, weight, step, zero = ctx.saved_tensors
         dx, dw, dstep, dzero = ctx.carrier.backward(x, weight, ctx.spec, gy.contiguous())
-        for dim in (0, 1):
-            if step.shape[dim] == 1:
-                dstep = dstep.sum(dim, keepdim=True)
-        return dx, dw, dstep, (dzero * step).sum().double().view(1, 1) if ctx.needs_input_grad[3] else None, None, None
+        return dx, dw, dstep.sum_to_size(step.shape), (dzero * step).sum_to_size(zero.shape).double() if ctx.needs_input_grad[3] else None, None, None
 
 
 class _TableReads(torch.autograd.Function):
