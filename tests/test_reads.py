@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from math import log
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import input_planes, weight_planes
 from rqtool.program import golden
 from rqtool.program.ir import Op, Program, Tensor
+from rqtool.train import layers
 from rqtool.train.frozen import frozen_layer
-from rqtool.train.layers import ReadLayer, adc_numbers, group_shape
+from rqtool.train.layers import ReadLayer, adc_numbers, group_shape, level_units, nearest_thresholds
 from rqtool.train.reads import pad_codes, split_planes
 from rqtool.train.relax import Relaxation, mean_slope
 
@@ -142,11 +144,13 @@ def program_of(layer: ReadLayer, size: tuple[int, int]) -> Program:
     return Program(layer.plan.macro, "x", "y", tensors, (op,), {"weight": frozen.weight, **frozen.consts})
 
 
-def with_levels(layer: ReadLayer, seed: int) -> ReadLayer:
+def with_levels(layer: ReadLayer, seed: int, peak: int = 3000) -> ReadLayer:
     macro, rng = layer.plan.macro, np.random.default_rng(seed)
     if macro.levels == "free":
         layer.thresholds.copy_(torch.from_numpy(np.sort(rng.choice(np.arange(macro.p_min + 1, macro.p_max), macro.top, replace=False))))
-        layer.levels.copy_(torch.from_numpy(np.sort(rng.integers(-3000, 3000, macro.top + 1))))
+        zero, levels = int(rng.integers(0, macro.top + 1)), torch.from_numpy(np.sort(rng.integers(-peak, peak, macro.top + 1)))
+        levels -= int(levels[zero])
+        layer.set_levels(nearest_thresholds(levels, zero, level_units(macro)), levels)
     return layer
 
 
@@ -266,6 +270,61 @@ def test_a_zero_s_gradient_is_the_sum_over_all_reads(name, mode):
     assert torch.allclose(layer.real_zero.grad, expected, rtol=2e-3 if name == "tile" else 1e-4, atol=1e-4 * float(expected.abs().max()))
     layer.real_zero.requires_grad_(False)
     assert torch.equal(layer.read(x, w), y)
+
+
+@pytest.mark.parametrize("about", [{}, {"sign_scheme": "split"}, {"dac_bits": 2}], ids=["signed", "split", "serial"])
+def test_the_gaps_between_free_levels_get_the_gradient_of_every_read(about, monkeypatch):
+    """d/d log gap_n = gap_n times the gradients of all reads whose code lies beyond the gap, seen from the code of p = 0: + above, - below."""
+    monkeypatch.setattr(layers, "LEVEL_IMAGES", 2)
+    macro, g = Macro(adc_bits=3, wl=5, levels="free", **about), Geometry(2, 4, (3, 3))
+    layer = with_levels(layer_of(macro, g), 5, 400).train()
+    x, w = codes_and_weights(macro, g)
+    gy = torch.randn(2, 4, 4, 5, generator=torch.Generator().manual_seed(9))
+    (layer.read(x, w) * gy).sum().backward()
+    zero, thresholds = int(layer.zero), layer.thresholds.tolist()
+    assert adc.threshold_code(0, thresholds) == zero and int(layer.levels[zero]) == 0
+    expected = torch.zeros(macro.top, dtype=torch.float64)
+    for a, b in product(zip(layer.plan.input_planes, split_planes(x, layer.plan.input_planes)), zip(layer.plan.weight_planes, split_planes(w, layer.plan.weight_planes))):
+        rows = F.unfold(a[1].detach().double(), g.kernel)
+        for first, last in layer.plan.tiles:
+            code = adc.threshold_code(torch.einsum("ok,nkl->nol", b[1].detach().double()[:, first:last], rows[:, first:last]), thresholds)
+            for n in range(macro.top):
+                reach = (code > n).double() if n >= zero else -(code <= n).double()
+                expected[n] += a[0].factor * b[0].factor * (gy.flatten(2).double() * reach).sum()
+    expected *= layer.log_gaps.detach().exp()
+    assert torch.allclose(layer.log_gaps.grad, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_gradient_of_free_levels_is_counted_on_the_first_images():
+    macro, g = Macro(adc_bits=3, wl=5, levels="free"), Geometry(2, 4, (3, 3))
+    layer = with_levels(layer_of(macro, g), 5, 400).train()
+    x, w = codes_and_weights(macro, g)
+    first = x.detach()[:1].expand(layers.LEVEL_IMAGES, -1, -1, -1)
+    grads = []
+    for images in (first, first.repeat(3, 1, 1, 1), torch.cat([first, torch.zeros_like(first)])):
+        layer.read(images, w).sum().backward()
+        grads.append(layer.log_gaps.grad)
+        layer.log_gaps.grad = None
+    assert torch.allclose(grads[1], 3 * grads[0]) and torch.allclose(grads[2], 2 * grads[0])
+
+
+def test_served_levels_follow_the_learned_gaps():
+    layer = layer_of(Macro(levels="free", adc_bits=2), GEOMETRIES["conv"]).train()
+    layer.set_levels([-24, 5, 156], [-400, 0, 84, 2400])  # eighths: -50, 0, 10.5, 300
+    assert layer.learned_levels().tolist() == pytest.approx([-50, 0, 10.5, 300])
+    assert (layer.levels.tolist(), layer.thresholds.tolist()) == ([-400, 0, 84, 2400], [-25, 6, 156])  # at half way, the upper of two where both are as near
+    with torch.no_grad():
+        layer.log_gaps[1] += log(2)
+    assert layer.learned_levels().tolist() == pytest.approx([-50, 0, 21, 310.5])
+    assert (layer.levels.tolist(), layer.thresholds.tolist()) == ([-400, 0, 168, 2484], [-25, 11, 166])
+
+
+def test_a_state_from_before_levels_were_learned_is_read():
+    layer, other = (layer_of(Macro(levels="free", adc_bits=2), GEOMETRIES["conv"]) for _ in range(2))
+    layer.set_levels([-24, 5, 156], [-400, 0, 84, 2400])
+    state = layer.state_dict() | {"zero": torch.full((1, 1), 2), "real_zero": torch.full((1, 1), 2.0, dtype=torch.float64)}
+    other.load_state_dict({name: value for name, value in state.items() if name != "log_gaps"})
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), layer.state_dict().values()))
 
 
 def test_a_state_without_a_learned_zero_is_read():

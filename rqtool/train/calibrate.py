@@ -109,8 +109,7 @@ def set_adc(layer: ReadLayer, histogram: np.ndarray) -> None:
     macro = layer.plan.macro
     if macro.levels == "free":
         thresholds, levels = optimal_levels(histogram.sum(0), macro)
-        layer.thresholds.copy_(torch.as_tensor(thresholds))
-        layer.levels.copy_(torch.as_tensor(levels))
+        layer.set_levels(thresholds, levels)
         return
     if macro.range == "calibrated":
         step, zero = optimal_uniform(histogram, macro)

@@ -23,11 +23,12 @@ from rqtool.kernels.choose import FLOAT32_WHOLE
 from rqtool.kernels.spec import ReadSpec, Tables, free_level_spec, make_spec, over_reads
 from rqtool.mapping.plan import FREE_LEVEL_PEAK, Plan
 from rqtool.train.quantizers import InputQuantizer, WeightQuantizer
-from rqtool.train.reads import pad_codes, reads, scaled, split_planes, table_reads, unpadded
+from rqtool.train.reads import learned_table_reads, pad_codes, reads, scaled, split_planes, table_reads, unpadded
 from rqtool.train.relax import Relaxation, slope_tables
 from rqtool.train.soft import CALLS
 
 LEVEL_BITS = 3  # a free level is a whole number of eighths of a partial-sum unit
+LEVEL_IMAGES = 4  # of a batch, on which the gradient of free levels is counted
 
 
 def level_units(macro: Macro) -> float:
@@ -98,17 +99,22 @@ class ReadLayer(nn.Module):
             if macro.levels == "free":
                 self.register_buffer("thresholds", torch.zeros(macro.top, dtype=torch.int64))
                 self.register_buffer("levels", torch.zeros(macro.top + 1, dtype=torch.int64))
+                self.log_gaps = nn.Parameter(torch.zeros(macro.top, dtype=torch.float64))
         self.relaxation: Relaxation | None = None
         self.watch: Callable | None = None
         self.calibrating: Callable | None = None
         self.ideal_adc = False
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """A state from before zeros were learned has the code alone, and one from before groups had their own has one for all."""
+        """A state from before zeros and levels were learned has the codes alone, and one from before groups had their own zero has
+        one for all."""
         if prefix + "zero" in state_dict:
             for name in {"zero", "real_zero"} & {key.removeprefix(prefix) for key in state_dict}:
                 state_dict[prefix + name] = state_dict[prefix + name].expand(group_shape(self.plan)).clone()
             state_dict.setdefault(prefix + "real_zero", state_dict[prefix + "zero"].double())
+        if prefix + "levels" in state_dict and prefix + "log_gaps" not in state_dict:
+            self.set_levels(state_dict[prefix + "thresholds"], state_dict[prefix + "levels"])
+            state_dict |= {prefix + name: getattr(self, name).detach().clone() for name in ("zero", "real_zero", "log_gaps")}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # -- numbers -----------------------------------------------------------------------------------------------------
@@ -136,6 +142,25 @@ class ReadLayer(nn.Module):
         with torch.no_grad():
             self.zero.copy_(torch.floor(self.real_zero + 0.5).clamp(0, self.plan.macro.top))
         return self.real_zero + (self.zero - self.real_zero).detach()
+
+    @torch.no_grad()
+    def set_levels(self, thresholds: np.ndarray, levels: np.ndarray) -> None:
+        """Give a layer with free levels its integers: thresholds [top] and ascending levels [top + 1], as in `optimal_levels`."""
+        self.thresholds.copy_(torch.as_tensor(thresholds))
+        self.levels.copy_(torch.as_tensor(levels))
+        self.set_zero(int(adc.threshold_code(0, self.thresholds.tolist())))
+        self.log_gaps.copy_((self.levels.diff().clamp(min=1) / level_units(self.plan.macro)).log())
+
+    def learned_levels(self) -> torch.Tensor:
+        """float64 [top + 1]: what the codes stand for, in partial-sum units, with the gradient of the gaps between them, a step for
+        each code. The code of p = 0 stays 0; the levels and thresholds that are served follow."""
+        units, zero = level_units(self.plan.macro), int(self.zero)
+        above = torch.cat([self.log_gaps.new_zeros(1), self.log_gaps.exp().cumsum(0)])
+        real = above - above[zero]
+        with torch.no_grad():
+            self.levels.copy_(torch.floor(real * units + 0.5).clamp(-FREE_LEVEL_PEAK, FREE_LEVEL_PEAK))
+            self.thresholds.copy_(nearest_thresholds(self.levels, zero, units))
+        return real + (self.levels / units - real).detach()
 
     # -- forward -----------------------------------------------------------------------------------------------------
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -208,8 +233,11 @@ class ReadLayer(nn.Module):
         return lambda x, w, pair: reads(x, w, step, with_noise(spec, relax, pair), unit, zero)
 
     def _free_call(self) -> Callable:
-        spec = unpadded(free_spec(self.plan, self.thresholds, self.levels))
-        return lambda x, w, pair: table_reads(x, w, spec)
+        levels = self.learned_levels() if self.training else self.levels / level_units(self.plan.macro)
+        spec, unit = unpadded(free_spec(self.plan, self.thresholds, self.levels)), 1 / level_units(self.plan.macro)
+        p = torch.arange(self.plan.macro.p_min, self.plan.macro.p_max + 1)
+        value = levels[adc.threshold_code(p, self.thresholds.tolist())].unsqueeze(0)
+        return lambda x, w, pair: learned_table_reads(x, w, value, spec, unit, LEVEL_IMAGES)
 
     def _whole_call(self) -> Callable:
         """Hard reads in units of the accumulator."""
@@ -233,10 +261,17 @@ def with_noise(spec: ReadSpec, relax: Relaxation | None, pair: int) -> ReadSpec:
     return replace(spec, noise=Relaxation(relax.tau, relax.seed * 64 + pair).noise())
 
 
+def nearest_thresholds(levels: torch.Tensor, zero: int, units: float) -> torch.Tensor:
+    """int64 [top]: the thresholds that give every partial sum the nearest of the levels int64 [top + 1] (the upper one of two), and
+    p = 0 the code `zero`, whose level is 0."""
+    middle = torch.ceil((levels[1:] + levels[:-1]) / (2 * units)).long()
+    return torch.cat([middle[:zero].clamp(max=0), middle[zero:].clamp(min=1)])
+
+
 def free_spec(plan: Plan, thresholds: torch.Tensor, levels: torch.Tensor) -> ReadSpec:
-    """Free levels as tables over p: the level in partial-sum units, and slope 1 between the end levels, 0 beyond."""
+    """Free levels as tables over p: the level, and slope 1 (in partial-sum units) between the end levels, 0 beyond."""
     spec = free_level_spec(plan, thresholds.numpy(), levels.numpy())
-    value = spec.tables.value / level_units(plan.macro)
+    value = levels.numpy() / level_units(plan.macro)
     p = np.arange(plan.macro.p_min, plan.macro.p_max + 1, dtype=np.float32)
     inside = ((p >= np.floor(value.min())) & (p <= np.ceil(value.max()))).astype(np.float32)
-    return replace(spec, tables=replace(spec.tables, value=value, slope=inside[None]))
+    return replace(spec, tables=replace(spec.tables, slope=inside[None]))

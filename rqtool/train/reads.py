@@ -12,6 +12,8 @@ from rqtool.kernels import choose, reference
 from rqtool.kernels.spec import ReadSpec, Tables
 from rqtool.mapping.planes import Plane, extract
 
+ALL = 1 << 30  # images
+
 
 class _Plane(torch.autograd.Function):
     """One plane of whole numbers q; backward hands `share` of the gradient on, so that the planes together give q its own."""
@@ -60,17 +62,19 @@ class _TableReads(torch.autograd.Function):
     """Reads whose values are looked up in a table that gets a gradient of its own."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
-        """x [N, C, H, W] padded codes, weight [O, K], value [rows, P]: what `spec.tables.value` holds, under autograd."""
-        ctx.spec, ctx.carrier = spec, choose.for_training(x, spec)
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec, unit: float, images: int) -> torch.Tensor:
+        """x [N, C, H, W] padded codes, weight [O, K], value [rows, P]: unit times what `spec.tables.value` holds, under autograd."""
+        ctx.spec, ctx.carrier, ctx.images = spec, choose.for_training(x, spec), min(images, len(x))
+        x = ctx.carrier.keep(x)
         ctx.save_for_backward(x, weight)
-        return ctx.carrier.forward(x, weight, spec)
+        y = ctx.carrier.forward(x, weight, spec)
+        return y if unit == 1 else y.mul_(unit)
 
     @staticmethod
     def backward(ctx, gy: torch.Tensor):
-        (x, weight), gy = ctx.saved_tensors, gy.contiguous()
+        (x, weight), gy, n = ctx.saved_tensors, gy.contiguous(), ctx.images
         dx, dw, *_ = ctx.carrier.backward(x, weight, ctx.spec, gy)
-        return dx, dw, reference.table_gradient(x, weight, ctx.spec, gy), None
+        return dx, dw, reference.table_gradient(x[:n].to(gy.dtype), weight, ctx.spec, gy[:n]) * (len(x) / n), None, None, None
 
 
 class _Scaled(torch.autograd.Function):
@@ -111,9 +115,10 @@ def table_reads(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.
     return _Reads.apply(x, weight, one, None, spec, x.new_ones(1))
 
 
-def learned_table_reads(x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
-    """The same with values that are learned: float64 [rows, P] under autograd, and the same numbers in the spec."""
-    return _TableReads.apply(x, weight, value, spec)
+def learned_table_reads(x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec, unit: float = 1.0, images: int = ALL) -> torch.Tensor:
+    """The same with values that are learned: float64 [rows, P] under autograd, unit times the numbers in the spec. Their gradient is
+    counted on the first `images` images and multiplied up to all of them: the counting is slow, and a table has few numbers."""
+    return _TableReads.apply(x, weight, value, spec, unit, images)
 
 
 def unpadded(spec: ReadSpec) -> ReadSpec:
