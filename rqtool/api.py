@@ -241,9 +241,12 @@ def quantize(
         done()
     stages = Stages(job, macro, recipe, progress, _runs(state, macro, job, recipe))
     network, best = stages.calibrated(macro, "calibration")
-    ptq_top1 = _measured(network, macro, job, progress, "post-training")[1]
+    measured = _measured(network, macro, job, progress, "post-training")
+    ptq_top1 = measured[1]
     network, run = stages.main(network, best)
-    saved, tuned_top1, found = _measured(network, macro, job, progress, "integer program")
+    if run.best is not best:  # else nothing better was found, and that is measured already
+        measured = _measured(network, macro, job, progress, "integer program")
+    saved, tuned_top1, found = measured
     real = real_predictions(Served(network, saved.numbers), job.test.images)
     ideal_top1 = _twin(stages, tuned_top1) if twin else None
     result = Quantized(
@@ -376,7 +379,7 @@ def _checkpoint(network: Network, saved: Lowered, job: Job, recipe: Recipe, resu
 # -- train on --------------------------------------------------------------------------------------------------------
 STAYS = {
     "seed": "it decides which images are held out", "held_out": "its images have chosen the network",
-    "calibration_images": "the network is calibrated", "ideal_epochs": "the network has met its ADC",
+    "calibration": "the network is calibrated", "calibration_images": "the network is calibrated", "ideal_epochs": "the network has met its ADC",
     "teacher": "a .rq file holds no teacher", "distill_weight": "a .rq file holds no teacher", "distill_temperature": "a .rq file holds no teacher",
 }  # fmt: skip
 

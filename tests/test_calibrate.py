@@ -116,6 +116,17 @@ def test_a_group_without_reads_gets_a_step_all_the_same():
     assert np.isfinite(optimal_uniform(np.zeros((1, 1891), np.int64), macro)[0]).all()
 
 
+@pytest.mark.parametrize(("policy", "step"), [("peak", 400 / 7), ("percentile", 70 / 7), ("error", None)])
+def test_a_step_for_the_largest_sums_is_there_to_be_compared_with(policy, step):
+    """1,000 reads: 999 of them within -70 .. 70, one at -400; 7 codes above zero, 8 below."""
+    layer = ReadLayer(Plan.make("layer", Geometry(1, 1), Macro()), nn.Parameter(torch.zeros(1, 1, 1, 1)), None)
+    h = np.zeros((1, 1891), np.int64)
+    h[0, [945 - 400, 945 - 70, 945, 945 + 70]] = 1, 99, 800, 100
+    set_adc(layer, h, policy)
+    assert (layer.log_step.exp().item() == pytest.approx(step)) if step else (layer.log_step.exp().item() < 400 / 7)
+    assert layer.zero.item() == 8 or policy == "error"
+
+
 # -- free levels -------------------------------------------------------------------------------------------------------
 def cells(h: np.ndarray, macro: Macro, thresholds: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """(sums, counts) of each code."""

@@ -139,7 +139,7 @@ def test_quantize_prints_a_table(rqtool):
     assert [line.split()[:5] for line in lines[10:12]] == [["0", "9", "4", "1", "0.11"], ["5", "64", "3", "8", "0.12"]]
     assert "fully integer         yes" in lines and "layers off the macro  none" in lines and "file                  a.rq" in lines
     assert [line.split(":")[0] for line in ran.err.splitlines()] == [
-        "reading", "kernels (compiled on first use)", "float model", "calibration", "post-training", "integer program"
+        "reading", "kernels (compiled on first use)", "float model", "calibration", "post-training"
     ]  # fmt: skip
 
 
@@ -309,7 +309,7 @@ MACRO_VALUES = {
 RECIPE_VALUES = {
     "ideal_epochs": ("2", 2), "teacher": ("float", "float"), "distill_weight": ("0.7", 0.7), "distill_temperature": ("4", 4.0), "augment": ("shift", "shift"),
     "epochs": ("3", 3), "batch": ("32", 32), "lr": ("1e-4", 1e-4), "weight_decay": ("0.5", 0.5), "mode": ("ste", "ste"), "zero": ("learned", "learned"), "seed": ("7", 7), "tau_start": ("0.5", 0.5),
-    "tau_end": ("0.1", 0.1), "hard_share": ("0.3", 0.3), "warmup": ("0.2", 0.2), "calibration_images": ("11", 11), "norm_images": ("12", 12), "held_out": ("13", 13),
+    "tau_end": ("0.1", 0.1), "hard_share": ("0.3", 0.3), "warmup": ("0.2", 0.2), "calibration": ("peak", "peak"), "calibration_images": ("11", 11), "norm_images": ("12", 12), "held_out": ("13", 13),
 }  # fmt: skip
 AGAIN_VALUES = {name: value for name, value in RECIPE_VALUES.items() if name not in api.STAYS}
 PIXEL_VALUES = {"mean": ("0.5,0.25", (0.5, 0.25)), "std": ("2", (2.0,)), "scale": ("0.125", 0.125)}

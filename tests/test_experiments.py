@@ -1,64 +1,87 @@
-"""The script behind docs/results.md: its decoder, its table, and that the table in the repository has its form."""
+"""The scripts behind docs/results.md: the decoder, the jobs, the tables and plots, and that those in the repository come from its rows."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
+from rqtool.hardware.macro import Macro
+from rqtool.train.finetune import Recipe
+
 
 @pytest.fixture(scope="module")
-def experiments() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("experiments", REPOSITORY / "examples" / "experiments.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["experiments"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def experiments() -> Iterator[ModuleType]:
+    """examples/experiments.py as a module, with jobs, results and lines beside it."""
+    sys.path.insert(0, str(REPOSITORY / "examples"))
+    yield importlib.import_module("experiments")
+    sys.path.remove(str(REPOSITORY / "examples"))
 
 
-def result(tuned: float, ideal: float, agreement: float) -> dict:
+def result(tuned: float, ideal: float, agreement: float, commit: str = "abc1234", **recipe: object) -> dict:
     metrics = {"float_top1": 99.5, "ptq_top1": 99.0, "tuned_top1": tuned, "ideal_top1": ideal, "adc_loss": ideal - tuned, "agreement": agreement, "reads_per_mac": 1 / 9}
-    macro = {"wl": 9, "in_bits": 4, "w_bits": 4, "adc_bits": 4, "codebook": "twos", "sign_scheme": "signed", "granularity": "layer"}
-    return {"metrics": metrics, "macro": macro, "recipe": {"epochs": 2, "mode": "relaxed"}}
+    return {"metrics": metrics, "macro": Macro().to_dict(), "recipe": Recipe(**recipe).to_dict(), "seconds": 90.0, "commit": commit}
+
+
+def keep(rows: Path, name: str, found: dict, seed: int = 0) -> None:
+    (rows / f"{name}-seed{seed}.json").write_text(json.dumps(found))
 
 
 def test_a_row_is_mean_and_half_the_range_over_seeds(experiments: ModuleType) -> None:
-    row = experiments.row("mnist-4-4-4", [result(99.4, 99.5, 100.0), {**result(99.5, 99.5, 99.9), "commit": "abc1234"}])
+    row = experiments.results.row("mnist-4-uniform", [result(99.4, 99.5, 100.0, "0123456"), result(99.5, 99.5, 99.9)])
     assert row == (
-        "| mnist-4-4-4 | 9 rows on, 4/4 bits, 4-bit ADC, twos, signed, step per layer | relaxed | 0.1111 | 2 | 2 | 99.50 ± 0.00 | 99.00 ± 0.00 | 99.45 ± 0.05 | 99.50 ± 0.00 | 0.05 ± 0.05 | 99.90 | abc1234, earlier |"
+        "| mnist-4-uniform | 9 rows on, 4/4 bits, 4-bit ADC, twos, step per layer | relaxed | 0.1111 | 2 | 2 | 99.50 ± 0.00 | 99.00 ± 0.00 | 99.45 ± 0.05 | 99.50 ± 0.00 | 0.05 ± 0.05 | 99.90 | 2 | 0123456, abc1234 |"
     )
 
 
 def test_a_recipe_is_told_where_it_is_not_the_default(experiments: ModuleType) -> None:
-    recipe = experiments.EXPERIMENTS["cifar-4-4-4-shift-flip"].recipe(3).to_dict()
-    assert experiments.recipe_cell(recipe) == "ste, float teacher, shift-flip" and recipe["batch"] == 128 and recipe["seed"] == 3
-    assert experiments.recipe_cell(experiments.EXPERIMENTS["mnist-4-4-4-two-stage"].recipe(0).to_dict()) == "ste, float teacher, 1 of the epochs with an ideal ADC first"
-    assert experiments.recipe_cell({"epochs": 2, "mode": "ste"}) == "ste"  # a row from before the other settings existed
+    def told(name: str) -> str:
+        return experiments.results.recipe_cell(experiments.EXPERIMENTS[name].recipe(3).to_dict())
+
+    assert told("cifar-4-shift-flip") == "ste, float teacher, shift-flip" and told("mnist-4-relaxed") == "relaxed"
+    assert told("mnist-4-two-stage") == "ste, float teacher, 1 of the epochs with an ideal ADC first"
+    assert [told(f"mnist-3-ptq-{name}") for name in ("uniform", "peak", "percentile")] == ["least squared error", "largest sum", "99.9 %"]
+    assert experiments.EXPERIMENTS["cifar-4"].recipe(3).to_dict()["batch"] == 128
 
 
-def test_a_twin_is_known_from_a_row_with_the_same_one(experiments: ModuleType, tmp_path) -> None:
-    def known(name: str) -> float | None:
-        return experiments.known_twin(name, 0, tmp_path)
-
-    (tmp_path / "mnist-4-4-4-seed0.json").write_text(json.dumps(result(99.4, 99.55, 100.0)))
-    assert known("mnist-4-4-4-relaxed") == known("mnist-4-4-4-column") == known("mnist-4-4-4-ideal-teacher") == 99.55
-    assert known("mnist-4-4-4-no-teacher") is known("mnist-4-4-4-shift") is known("mnist-4-4-4-two-stage") is known("mnist-nthu-2019") is None
-    (tmp_path / "mnist-4-4-4-no-teacher-seed0.json").write_text(json.dumps(result(99.4, 99.6, 100.0)))
-    assert known("mnist-4-4-4-relaxed-no-teacher") == 99.6 and experiments.known_twin("mnist-4-4-4-relaxed-no-teacher", 1, tmp_path) is None
+def test_every_job_has_a_macro_a_recipe_and_a_twin(experiments: ModuleType) -> None:
+    for experiment in experiments.EXPERIMENTS.values():
+        assert experiment.section in experiments.results.ABOUT and experiment.twin()[0] in experiments.TASKS
 
 
-def test_the_report_lists_finished_rows_only(experiments: ModuleType, tmp_path) -> None:
-    (tmp_path / "mnist-4-4-4-seed0.json").write_text(json.dumps(result(99.4, 99.5, 100.0)))
-    text = experiments.report(tmp_path)
-    assert text.count("| mnist-4-4-4 |") == 1 and "| mnist-nthu-2019 |" not in text
-    assert "## CIFAR-10 (JPEG-75 copy), ResNet-20" in text
+def test_a_twin_is_known_from_a_row_with_the_same_one(experiments: ModuleType, tmp_path: Path) -> None:
+    def known(name: str, seed: int = 0) -> float | None:
+        return experiments.known_twin(name, seed, tmp_path)
+
+    keep(tmp_path, "mnist-4", result(99.4, 99.55, 100.0))
+    assert known("mnist-2-uniform") == known("mnist-wl128-5") == known("mnist-4-ideal-teacher") == 99.55
+    assert known("mnist-4-relaxed") is known("mnist-4-shift") is known("mnist-4-two-stage") is known("mnist-nthu-2019") is known("mnist-4-ptq-free") is None
+    keep(tmp_path, "mnist-4-ste", result(99.4, 99.6, 100.0))
+    assert known("mnist-4-relaxed") == 99.6 and known("mnist-4-relaxed", 1) is None
+
+
+def test_the_report_and_the_plots_show_finished_rows_only(experiments: ModuleType, tmp_path: Path) -> None:
+    keep(tmp_path, "mnist-4", result(99.4, 99.5, 100.0))
+    keep(tmp_path, "mnist-3", result(99.2, 99.5, 100.0))
+    keep(tmp_path, "cifar-4-ptq-free", result(80.0, 88.0, 100.0, epochs=0))
+    experiments.results.write(tmp_path, tmp_path)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert text.count("| mnist-4 |") == 1 and "| mnist-nthu-2019 |" not in text and "The four modes" not in text
+    assert "![results-mnist](results-mnist.svg)" in text and not (tmp_path / "results-cifar.svg").exists()
+    drawing = ElementTree.parse(tmp_path / "results-mnist.svg").getroot()
+    assert len(drawing.findall("{*}polyline")) == 2 and len(drawing.findall("{*}circle")) == 4
+    words = {t.text for t in drawing.findall("{*}text")}
+    assert {"fine-tuned, free levels", "twin with an ideal ADC"} <= words and "fine-tuned, evenly spaced" not in words
 
 
 def test_jpeg_files_back_to_back_are_decoded(experiments: ModuleType) -> None:
@@ -73,6 +96,9 @@ def test_jpeg_files_back_to_back_are_decoded(experiments: ModuleType) -> None:
     assert [int(image.mean()) for image in images] == [0, 200]
 
 
-def test_the_published_table_is_the_scripts(experiments: ModuleType, tmp_path) -> None:
-    published = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
-    assert published[: published.index("## MNIST, LeNet with batch norm")] == experiments.report(tmp_path).splitlines()[: published.index("## MNIST, LeNet with batch norm")]
+def test_the_published_page_and_plots_are_the_scripts(experiments: ModuleType, tmp_path: Path) -> None:
+    experiments.results.write(REPOSITORY / "docs" / "results", tmp_path)
+    published = sorted(path.name for path in (REPOSITORY / "docs").glob("results*") if path.is_file())
+    assert sorted(path.name for path in tmp_path.iterdir()) == published
+    for name in published:
+        assert (tmp_path / name).read_text(encoding="utf-8") == (REPOSITORY / "docs" / name).read_text(encoding="utf-8")

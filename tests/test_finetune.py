@@ -351,6 +351,7 @@ WRONG = {
     "--mode soft is not known; choose one of gumbel, mean, relaxed, ste": {"mode": "soft"},
     "--zero moves is not known; choose one of fixed, learned": {"zero": "moves"},
     "--teacher floats is not known; did you mean 'float'?": {"teacher": "floats"},
+    "--calibration least is not known; choose one of error, peak, percentile": {"calibration": "least"},
     "--augment crop is not known; choose one of none, shift, shift-flip": {"augment": "crop"},
     "--ideal-epochs must be a whole number of at least 0, not -1": {"ideal_epochs": -1},
     "--distill-weight must be from 0 to 1, not 1.5": {"distill_weight": 1.5},

@@ -21,6 +21,8 @@ from rqtool.train.reads import pad_codes
 from rqtool.train.rewrite import read_layers
 
 STEPS = 120  # candidate steps, geometric
+CALIBRATIONS = ("error", "peak", "percentile")
+PERCENTILE = 0.999  # share of the reads, by the magnitude of their partial sums
 LEVEL_BINS = 1024  # a free-level search merges partial sums beyond this many
 
 
@@ -46,6 +48,15 @@ def _squared_errors(p: np.ndarray, h: np.ndarray, mult: float, zeros: np.ndarray
     code = adc.uniform_code(p[None], int(mult), macro.shift, zeros[:, None], macro.top)
     value = adc.uniform_value(code, zeros[:, None], 2.0**macro.shift / mult)
     return (value - p) ** 2 @ h.T
+
+
+def covering_step(histograms: np.ndarray, macro: Macro, share: float) -> np.ndarray:
+    """The steps float64 [groups] whose full scale takes `share` (0 to 1) of the reads of histograms [groups, P] by magnitude, with the
+    code book's own zero. For comparison: a step of least squared error clips more, and reads the rest better."""
+    magnitude = np.abs(np.arange(macro.p_min, macro.p_max + 1))
+    by_size = np.stack([np.bincount(magnitude, h, magnitude.max() + 1) for h in histograms]).cumsum(1)
+    bounds = (by_size >= share * by_size[:, -1:]).argmax(1)
+    return np.array([adc.full_scale_step(max(macro.p_min, -int(b)), int(b), macro.zero, macro.top) for b in bounds])
 
 
 def optimal_levels(histogram: np.ndarray, macro: Macro) -> tuple[np.ndarray, np.ndarray]:
@@ -104,41 +115,45 @@ def _best_cuts(cost: np.ndarray, cells: int) -> list[int]:
 
 # -- a layer, a network ----------------------------------------------------------------------------------------------
 @torch.no_grad()
-def set_adc(layer: ReadLayer, histogram: np.ndarray) -> None:
-    """Give a layer the ADC that its macro's range policy asks for; histogram as from `partial_sum_histogram`."""
+def set_adc(layer: ReadLayer, histogram: np.ndarray, policy: str = "error") -> None:
+    """Give a layer the ADC that its macro's range asks for; histogram as from `partial_sum_histogram`. policy: what a calibrated step
+    is for, the least squared "error", the largest sum ("peak"), or the largest of 99.9 % ("percentile"); free levels always the first.
+    """
     macro = layer.plan.macro
     if macro.levels == "free":
         thresholds, levels = optimal_levels(histogram.sum(0), macro)
         layer.set_levels(thresholds, levels)
         return
-    if macro.range == "calibrated":
+    if macro.range == "calibrated" and policy == "error":
         step, zero = optimal_uniform(histogram, macro)
         layer.set_zero(zero)
+    elif macro.range == "calibrated":
+        step = covering_step(histogram, macro, 1.0 if policy == "peak" else PERCENTILE)
     else:
         step = adc.full_scale_step(macro.p_min, macro.p_max, macro.zero, macro.top) if macro.range == "full" else macro.step
     layer.log_step.copy_(torch.as_tensor(np.array(np.broadcast_to(step, layer.log_step.numel()))).view_as(layer.log_step).log())
 
 
 @torch.no_grad()
-def _calibrate_layer(layer: ReadLayer, x: torch.Tensor, scales: bool) -> None:
+def _calibrate_layer(layer: ReadLayer, x: torch.Tensor, scales: bool, policy: str) -> None:
     if scales:
         layer.input.calibrate(x)
         layer.weights.calibrate(layer.weight.reshape(layer.plan.geometry.columns, -1))
     if not layer.plan.macro.ideal:
         codes = pad_codes(layer.input(x), layer.plan.geometry.padding, int(layer.input.zero))
-        set_adc(layer, partial_sum_histogram(codes, layer.weight_codes(), layer.plan))
+        set_adc(layer, partial_sum_histogram(codes, layer.weight_codes(), layer.plan), policy)
 
 
 @torch.no_grad()
-def calibrate(network: Network, x: torch.Tensor, done: Callable[[], None] = lambda: None, *, scales: bool = True) -> None:
+def calibrate(network: Network, x: torch.Tensor, done: Callable[[], None] = lambda: None, *, scales: bool = True, policy: str = "error") -> None:
     """Set every layer's quantisers and ADC from a batch of real-valued inputs x [N, ...]; `done` is called after each layer.
 
-    scales: off where the scales of inputs and weights are learned already, and only the ADCs are to be set.
+    scales: off where the scales of inputs and weights are learned already, and only the ADCs are to be set. policy: as in `set_adc`.
     """
     layers = read_layers(network)
 
     def one(layer: ReadLayer, value: torch.Tensor) -> None:
-        _calibrate_layer(layer, value, scales)
+        _calibrate_layer(layer, value, scales, policy)
         done()
 
     for layer in layers.values():

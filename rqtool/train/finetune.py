@@ -21,7 +21,7 @@ from rqtool.errors import CheckError, ConfigError, escaped, suggestion
 from rqtool.model.data import Images
 from rqtool.model.network import Network
 from rqtool.train.augment import AUGMENTS, augmented
-from rqtool.train.calibrate import reestimate_norms
+from rqtool.train.calibrate import CALIBRATIONS, reestimate_norms
 from rqtool.train.distill import TEACHERS, Teacher
 from rqtool.train.relax import MODES, Relaxation
 from rqtool.train.rewrite import read_layers
@@ -32,7 +32,7 @@ HELD_VALUES = 1 << 26  # numbers in the largest tensor of a batch, where nothing
 ROLL_BACKS = 3  # epochs done again at half the rate, before a run is given up
 GRADIENT_PEAK = 5.0  # the norm to which longer gradients are cut
 
-CHOICES = {"mode": MODES, "zero": ("fixed", "learned"), "teacher": TEACHERS, "augment": AUGMENTS}
+CHOICES = {"calibration": CALIBRATIONS, "mode": MODES, "zero": ("fixed", "learned"), "teacher": TEACHERS, "augment": AUGMENTS}
 WHOLE_FIELDS = {"epochs": 0, "ideal_epochs": 0, "batch": 2, "seed": 0, "calibration_images": 2, "norm_images": 2, "held_out": 1}
 TINY, HUGE = 1e-12, 1e12
 REAL_FIELDS = {
@@ -58,6 +58,7 @@ class Recipe:
     tau_end: float = 0.08
     hard_share: float = 0.2
     warmup: float = 0.05
+    calibration: str = "error"
     calibration_images: int = 512
     norm_images: int = 2048
     held_out: int | None = None  # None: a tenth of the training images, 5,000 at most

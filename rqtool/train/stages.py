@@ -60,7 +60,7 @@ class Stages:
         if trained is None or not macro.ideal:
             images = job.train.real(slice(fitting_network(network, self.recipe.calibration_images, CALIBRATION_VALUES)))
             with self.progress.stage(name, len(read_layers(network))) as done:
-                calibrate(network, images, done, scales=trained is None)
+                calibrate(network, images, done, scales=trained is None, policy=self.recipe.calibration)
         best = consider_norms("post-training" if trained is None else IDEAL_STAGE, network, job.train, job.held, self.recipe, None)
         network.load_state_dict(best.state)
         return network, best

@@ -1,0 +1,106 @@
+"""The jobs behind docs/results.md: a network, its data, a macro and a recipe each; examples/experiments.py runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import rqtool
+
+DISTILL_WEIGHT = 0.9
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, its weights, its data; batch and rate as held-out images chose them (seed 0, one epoch)."""
+
+    title: str
+    factory: str  # of reference_models, or a built-in model of rqtool where `weights` is None
+    weights: str | None
+    data: str
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    batch: int = 64
+    lr: float = 1e-3
+
+
+TASKS = {
+    "mnist": Task("MNIST, LeNet with batch norm", "lenet_bn", "lenetbn_mnist.pt", "mnist.npz"),
+    "fashion": Task("Fashion-MNIST, the network of the demonstration", "demo", None, "fashion_mnist.npz"),
+    "cifar": Task("CIFAR-10 (JPEG-75 copy), ResNet-20", "resnet20", "resnet20_cifar10jpeg_finetuned.pt", "cifar10_jpeg75.npz", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 128, 3e-3),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One line of a table: a task on a macro, so many epochs of a recipe. macro and about: fields of Macro and of Recipe."""
+
+    section: str
+    task: str
+    macro: tuple[tuple[str, Any], ...] = ()
+    preset: str | None = None
+    epochs: int = 2
+    about: tuple[tuple[str, Any], ...] = ()
+
+    def recipe(self, seed: int) -> rqtool.Recipe:
+        task = TASKS[self.task]
+        return rqtool.Recipe(**{"epochs": self.epochs, "seed": seed, "batch": task.batch, "lr": task.lr, "distill_weight": DISTILL_WEIGHT, **dict(self.about)})
+
+    def twin(self) -> tuple:
+        """All that the ideal-ADC twin depends on: no ADC, and whichever teacher, for it learns from the float network."""
+        macro, recipe = rqtool.make_macro(self.preset, **dict(self.macro)), self.recipe(0)
+        return self.task, macro.in_bits, macro.w_bits, recipe.epochs, recipe.ideal_epochs, recipe.augment, recipe.teacher != "none", recipe.batch, recipe.lr
+
+
+def fields(**given: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(given.items())
+
+
+FINE, MODES, RANGES, WIDE, TRIED = "Fine-tuned through the ADC", "The four modes", "Post-training alone", "128 rows on", "Other recipes"
+EPOCHS = {"mnist": 2, "fashion": 2, "cifar": 1}
+TAUGHT = fields(mode="ste", teacher="float")
+POLICIES = {
+    "full": (fields(range="full"), ()),
+    "peak": ((), fields(calibration="peak")),
+    "percentile": ((), fields(calibration="percentile")),
+    "uniform": ((), ()),
+    "column": (fields(granularity="column"), ()),
+    "tile": (fields(granularity="tile"), ()),
+    "free": (fields(levels="free"), ()),
+}
+
+
+def fine_tuned(task: str) -> dict[str, Experiment]:
+    """4, 3 and 2 bits with evenly spaced and with free levels, and the preset."""
+    found = {}
+    for bits in (4, 3, 2):
+        found[f"{task}-{bits}"] = Experiment(FINE, task, fields(adc_bits=bits, levels="free"), None, EPOCHS[task], TAUGHT)
+        found[f"{task}-{bits}-uniform"] = Experiment(FINE, task, fields(adc_bits=bits), None, EPOCHS[task], TAUGHT)
+    return found | {f"{task}-nthu-2019": Experiment(FINE, task, (), "nthu-2019", EPOCHS[task], TAUGHT)}
+
+
+def modes(task: str, names: tuple[str, ...]) -> dict[str, Experiment]:
+    """The modes against each other: evenly spaced levels, no teacher."""
+    return {f"{task}-{bits}-{mode}": Experiment(MODES, task, fields(adc_bits=bits), None, EPOCHS[task], fields(mode=mode)) for bits in (4, 3, 2) for mode in names}
+
+
+def ranges(task: str) -> dict[str, Experiment]:
+    return {f"{task}-{bits}-ptq-{name}": Experiment(RANGES, task, fields(adc_bits=bits) + macro, None, 0, about) for bits in (4, 3, 2) for name, (macro, about) in POLICIES.items()}
+
+
+def wide(task: str) -> dict[str, Experiment]:
+    return {f"{task}-wl128-{bits}": Experiment(WIDE, task, fields(wl=128, adc_bits=bits, levels="free"), None, EPOCHS[task], TAUGHT) for bits in (6, 5, 4)}
+
+
+EXPERIMENTS = {
+    **fine_tuned("mnist"), **fine_tuned("fashion"), **fine_tuned("cifar"),
+    **modes("fashion", ("relaxed", "ste", "mean", "gumbel")), **modes("mnist", ("relaxed", "ste")), **modes("cifar", ("relaxed", "ste", "mean")),
+    **ranges("mnist"), **ranges("fashion"), **ranges("cifar"),
+    **wide("mnist"), **wide("cifar"),
+    "mnist-4-ideal-teacher": Experiment(TRIED, "mnist", fields(levels="free"), None, 2, fields(mode="ste", teacher="ideal")),
+    "mnist-4-shift": Experiment(TRIED, "mnist", fields(levels="free"), None, 2, (*TAUGHT, ("augment", "shift"))),
+    "mnist-4-two-stage": Experiment(TRIED, "mnist", fields(levels="free"), None, 1, (*TAUGHT, ("ideal_epochs", 1))),
+    "cifar-4-column": Experiment(TRIED, "cifar", fields(granularity="column"), None, 1, TAUGHT),
+    "cifar-4-relaxed-taught": Experiment(TRIED, "cifar", (), None, 1, fields(mode="relaxed", teacher="float")),
+    "cifar-4-shift-flip": Experiment(TRIED, "cifar", fields(levels="free"), None, 1, (*TAUGHT, ("augment", "shift-flip"))),
+}  # fmt: skip

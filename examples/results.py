@@ -1,0 +1,116 @@
+"""docs/results.md and its plots, from the rows that examples/experiments.py has finished.
+
+    python examples/results.py [--rows docs/results] [--docs docs]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from jobs import DISTILL_WEIGHT, EXPERIMENTS, FINE, MODES, RANGES, TASKS, TRIED, WIDE
+from lines import lines_svg
+from rqtool.storage import write_atomic
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+HEAD = f"""# Results
+
+Written by `make experiments` (examples/experiments.py and examples/results.py) from the rows in docs/results/, a file for each run. top-1 in
+percent on the test images (10,000 in every data set), by the integer program; ± is half the range over the runs, one for each seed 0, 1, ...
+No layer is kept off the macro, reads are signed. Selection is on held-out training images. The ideal-ADC twin starts from the same weights
+and is trained for as many epochs with the same seed; the loss is twin minus fine-tuned, in points. "Agreement" is the smallest share of test
+images over the runs on which the integer program and the served network in floating point name the same class. A teacher is the float
+network (weight {DISTILL_WEIGHT} of the loss unless said) and teaches the twin, too.
+"""
+ABOUT = {
+    FINE: "With evenly spaced and with free levels. `nthu-2019`: 2-bit inputs, sign + 2-bit weights, 15 codes.",
+    MODES: "Evenly spaced levels, no teacher, the same budget; what is chosen from this table is in [training.md](training.md).",
+    RANGES: "No training (batch norm is re-estimated where held-out images say so). The twin is not trained either.",
+    WIDE: "Free levels.",
+    TRIED: "One thing changed at a time.",
+}  # fmt: skip
+COLUMNS = ("job", "setting", "recipe", "reads per MAC", "epochs", "runs", "float", "post-training", "fine-tuned", "ideal-ADC twin", "loss", "agreement", "minutes", "commit")
+NOTE = 'Minutes are those of the last run of a job with all its measurements, and with the twin where that was trained too; on one thread, often beside other work. They are no timing.'
+
+
+def read_rows(rows: Path) -> dict[str, list[dict[str, Any]]]:
+    """The finished rows of each job that has any, by seed."""
+    found = {name: [json.loads(path.read_text()) for path in sorted(rows.glob(f"{name}-seed*.json"))] for name in EXPERIMENTS}
+    return {name: results for name, results in found.items() if results}
+
+
+def values(results: list[dict[str, Any]], key: str) -> list[float]:
+    return [result["metrics"][key] for result in results]
+
+
+def spread(numbers: list[float]) -> str:
+    """Mean, and half the range where there are several."""
+    mean = f"{statistics.mean(numbers):.2f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {(max(numbers) - min(numbers)) / 2:.2f}"
+
+
+def setting_cell(macro: dict[str, Any]) -> str:
+    levels = "free levels" if macro["levels"] == "free" else f"step per {macro['granularity']}"
+    extra = ["full range"] * (macro["range"] == "full")
+    return ", ".join([f"{macro['wl']} rows on", f"{macro['in_bits']}/{macro['w_bits']} bits", f"{macro['adc_bits']}-bit ADC", macro["codebook"], levels, *extra])
+
+
+def recipe_cell(recipe: dict[str, Any]) -> str:
+    """The mode, and what is not the default of a recipe."""
+    if not recipe["epochs"]:
+        return {"error": "least squared error", "peak": "largest sum", "percentile": "99.9 %"}[recipe["calibration"]]
+    extra = {"teacher": "{} teacher", "augment": "{}", "ideal_epochs": "{} of the epochs with an ideal ADC first"}
+    told = [text.format(recipe[key]) for key, text in extra.items() if recipe[key] not in ("none", 0)]
+    return ", ".join([recipe["mode"], *told])
+
+
+def row(name: str, results: list[dict[str, Any]]) -> str:
+    macro, recipe = results[0]["macro"], results[0]["recipe"]
+    figures = [spread(values(results, key)) for key in ("float_top1", "ptq_top1", "tuned_top1", "ideal_top1", "adc_loss")]
+    cells = [name, setting_cell(macro), recipe_cell(recipe), f"{results[0]['metrics']['reads_per_mac']:.4f}", str(recipe["epochs"] + recipe["ideal_epochs"]), str(len(results))]
+    cells += [*figures, f"{min(values(results, 'agreement')):.2f}", f"{results[-1]['seconds'] / 60:.0f}", ", ".join(sorted({r["commit"] for r in results}))]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(found: dict[str, list[dict[str, Any]]], section: str, task: str) -> list[str]:
+    """The lines of one table with its title; none where nothing is finished."""
+    rows = [row(name, results) for name, results in found.items() if (EXPERIMENTS[name].section, EXPERIMENTS[name].task) == (section, task)]
+    return [f"### {TASKS[task].title}", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *rows, ""] if rows else []
+
+
+def report(found: dict[str, list[dict[str, Any]]], plots: list[str]) -> str:
+    """docs/results.md; plots: files beside it."""
+    lines = [HEAD, NOTE, "", *(f"![{name.removesuffix('.svg')}]({name})\n" for name in plots)]
+    for section, about in ABOUT.items():
+        tables = [line for task in TASKS for line in table(found, section, task)]
+        lines += [f"## {section}", "", about, "", *tables] if tables else []
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, list[dict[str, Any]]], task: str) -> str | None:
+    """Top-1 against the bits of the ADC as SVG, None where no job of the task is fine-tuned: a line for each way, with the range over seeds."""
+    ways = {"fine-tuned, free levels": "{}-{}", "fine-tuned, evenly spaced": "{}-{}-uniform", "post-training, free levels": "{}-{}-ptq-free", "post-training, evenly spaced": "{}-{}-ptq-uniform"}
+    lines = {way: {b: values(found[n], "tuned_top1") for b in (2, 3, 4) if (n := name.format(task, b)) in found} for way, name in ways.items()}
+    twins = {b: values(found[n], "ideal_top1") for b in (2, 3, 4) if (n := f"{task}-{b}") in found}
+    lines = {way: points for way, points in {**lines, "twin with an ideal ADC": twins}.items() if points}
+    return lines_svg(f"{TASKS[task].title}: top-1 against the bits of the ADC", "bits of the ADC (9 rows on, 4/4 bits)", "top-1 on the test images, %", lines) if twins else None
+
+
+def write(rows: Path, docs: Path) -> None:
+    """Write the page and its plots anew."""
+    found = read_rows(rows)
+    plots = {f"results-{task}.svg": svg for task in TASKS if (svg := plot(found, task))}
+    for name, svg in plots.items():
+        write_atomic(docs / name, svg.encode(), force=True)
+    write_atomic(docs / "results.md", report(found, list(plots)).encode(), force=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=Path, default=DOCS / "results")
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    args = parser.parse_args()
+    write(args.rows, args.docs)
