@@ -46,6 +46,7 @@ from rqtool.train.rewrite import read_layers, rewrite
 
 WARM_UP = 2
 TAU = 0.2
+EPOCH_IMAGES = 45_000
 BATCH, CHANNELS, SIZE = 64, 64, 16  # the layer of most tables: 64 -> 64 channels, 3x3, 16x16
 
 
@@ -277,6 +278,15 @@ def network_step(threads: int, repeats: int) -> list[Row]:
     return rows
 
 
+def epoch(threads: int, repeats: int) -> list[Row]:
+    """Minutes of an epoch, as its steps are timed: the images that are trained on when a tenth of CIFAR-10 is held out, in full batches."""
+    hard, free = Resnet(Macro()), Resnet(Macro(levels="free"))
+    noisy = Resnet(Macro())
+    forms = {"float": hard.step(hard.network), "hard": hard.step(hard.rewritten), "relaxed": noisy.step(noisy.rewritten, True), "hard, learned free levels": free.step(free.rewritten)}
+    steps = EPOCH_IMAGES // len(hard.labels)
+    return [{"setting": f"ResNet-20, {steps} steps of batch 128, wl 9", "threads": threads, "form": n, "minutes": round(steps * s / 60, 2)} for n, s in timed(forms, repeats).items()]
+
+
 def memory(threads: int, repeats: int) -> list[Row]:
     """Peak resident memory of three steps, each in a process of its own."""
     peaks = {}
@@ -315,6 +325,7 @@ GROUPS: dict[str, tuple[Callable[[int, int], list[Row]], tuple[int, ...], str]] 
     "plans": (other_plans, (1,), "Other plans: the cost of one read, times a uniform signed read with a step per layer"),
     "evaluation": (network_evaluation, (1, 2), "A whole network: the integer program, times the float model"),
     "training": (network_step, (1, 2), "A whole network: a fine-tuning step with AdamW, times the same step of the float model"),
+    "epoch": (epoch, (2,), "Minutes of an epoch of fine-tuning, beside the float network's"),
     "memory": (memory, (2,), "Peak memory of a fine-tuning step, in MB above the float step's"),
     "fallback": (fallback, (1,), "Without compiled kernels: chunked torch, forward, the layer of the first table; times F.conv2d"),
     "scaling": (scaling, (1, 2), "Scaling: nanoseconds a read (3x3, 16x16), 8-bit dot products where the processor has them"),
@@ -329,7 +340,7 @@ def machine() -> dict[str, object]:
 
 def table(rows: list[Row]) -> list[str]:
     """Markdown: settings and forms down, threads across."""
-    value = next(key for key in ("ratio", "ns_per_read", "mb_above_float", "seconds") if key in rows[0])
+    value = next(key for key in ("ratio", "ns_per_read", "mb_above_float", "minutes", "seconds") if key in rows[0])
     threads = sorted({r["threads"] for r in rows})
     found = {(r["setting"], r["form"], r["threads"]): r for r in rows}
     lines = ["| setting | form | " + " | ".join(f"{t} thread{'s' * (t > 1)}" for t in threads) + " |", "|" + "---|" * (2 + len(threads))]
