@@ -19,9 +19,12 @@ from conftest import REPOSITORY
 from torch import nn
 
 import rqtool
-from rqtool import Data, Images, Macro, Preprocess, Recipe, api, checkpoint
+from rqtool import Data, Images, Macro, Preprocess, Recipe, checkpoint
 from rqtool.cli.main import COMMANDS, run
 from rqtool.errors import CheckError, ConfigError, InputError
+from rqtool.jobs import prepare
+from rqtool.jobs.serve import ideal_program
+from rqtool.jobs.tune import STAYS
 from rqtool.model.load import RECORDS, Record, state_of
 from rqtool.program.freeze import Norm
 from rqtool.program.run import Runner
@@ -150,18 +153,18 @@ def test_no_more_epochs_keep_the_network_as_it_is(made, tmp_path):
 
 def test_the_same_images_are_held_out(made, monkeypatch):
     splits = []
-    right = api.held_out
-    monkeypatch.setattr(api, "held_out", lambda images, count, seed: splits.append((count, seed)) or right(images, count, seed))
+    right = prepare.held_out
+    monkeypatch.setattr(prepare, "held_out", lambda images, count, seed: splits.append((count, seed)) or right(images, count, seed))
     rqtool.quantize(net(), DATA, recipe=Recipe(epochs=0, held_out=7, seed=3), twin=False)
     rqtool.train_more(made / "m.rq", DATA, recipe={"epochs": 0})
     assert splits == [(7, 3), (4, 0)]
 
 
-@pytest.mark.parametrize("name", api.STAYS)
+@pytest.mark.parametrize("name", STAYS)
 def test_what_stays_cannot_be_changed(made, name):
     with pytest.raises(ConfigError) as e:
         rqtool.train_more(made / "m.rq", DATA, recipe={name: 1})
-    assert str(e.value) == f"--{name.replace('_', '-')} cannot change when training goes on, for {api.STAYS[name]}; leave it out"
+    assert str(e.value) == f"--{name.replace('_', '-')} cannot change when training goes on, for {STAYS[name]}; leave it out"
 
 
 def test_a_recipe_of_another_version_is_refused(made, tmp_path):
@@ -192,7 +195,7 @@ def test_min_acc_is_a_percentage(made, min_acc):
 
 
 def test_the_ideal_program_has_no_adc(made):
-    program = api.ideal_program(checkpoint.load(made / "m.rq"))
+    program = ideal_program(checkpoint.load(made / "m.rq"))
     assert {op.attrs["adc"]["kind"] for op in program.reads()} == {"ideal"}
     assert rqtool.evaluate(made / "m.rq", DATA, adc="ideal").macro.ideal
 
@@ -282,14 +285,14 @@ def test_verify_finds_a_changed_weight_in_an_onnx_file(made, tmp_path):
 
 
 def test_verify_finds_a_carrier_that_differs(made, monkeypatch):
-    trace = api.Runner.trace
+    trace = Runner.trace
 
     def off_by_one(self: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
         values = trace(self, x)
         values["0"][0, 0, 0, 0] += 1
         return values
 
-    monkeypatch.setattr(api.Runner, "trace", off_by_one)
+    monkeypatch.setattr(Runner, "trace", off_by_one)
     with pytest.raises(CheckError) as e:
         rqtool.verify(made / "m.rq")
     assert str(e.value) == f"{made}/m.rq: tensor 0 differs from the definition on a random image; please report this as a bug"

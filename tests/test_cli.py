@@ -21,11 +21,13 @@ import torch
 from conftest import REPOSITORY
 from torch import nn
 
-from rqtool import Preprocess, Recipe, api, checkpoint, make_macro
+from rqtool import Data, Images, Preprocess, Recipe, api, checkpoint, make_macro
 from rqtool.cli import options
 from rqtool.cli.main import COMMANDS, explain, run
 from rqtool.errors import CheckError, ConfigError, CoverageError, InputError, RqError, StorageError
 from rqtool.hardware.macro import FIELDS, Macro, flag
+from rqtool.jobs import prepare
+from rqtool.jobs.tune import STAYS
 
 HERE = "test_cli"  # this module, as --arch and --data name it
 NET = ["--arch", f"{HERE}:net", "--data", f"{HERE}:data"]
@@ -266,9 +268,9 @@ def test_presets_ops_and_doctor(rqtool):
 
 
 def test_demo_does_the_whole_job(rqtool, monkeypatch):
-    small = api.Data("demo", *(api.Images(x[:, None], y) for x, y in (stripes(90), stripes(30))), 3)
-    monkeypatch.setattr(api, "load_data", lambda source, unsplit="test": small)
-    monkeypatch.setattr(api, "load_model", lambda source, arch: net().eval())
+    small = Data("demo", *(Images(x[:, None], y) for x, y in (stripes(90), stripes(30))), 3)
+    monkeypatch.setattr(prepare, "load_data", lambda source, unsplit="test": small)
+    monkeypatch.setattr(prepare, "load_model", lambda source, arch: net().eval())
     ran = rqtool("demo", "--folder", "d", "--epochs", "0", "--json")
     assert ran.code == 0
     assert set(ran.json) == {"command", "quantize", "eval", "export"} and ran.json["quantize"]["recipe"]["epochs"] == 0
@@ -311,7 +313,7 @@ RECIPE_VALUES = {
     "epochs": ("3", 3), "batch": ("32", 32), "lr": ("1e-4", 1e-4), "weight_decay": ("0.5", 0.5), "mode": ("ste", "ste"), "zero": ("learned", "learned"), "seed": ("7", 7), "tau_start": ("0.5", 0.5),
     "tau_end": ("0.1", 0.1), "hard_share": ("0.3", 0.3), "warmup": ("0.2", 0.2), "calibration": ("peak", "peak"), "calibration_images": ("11", 11), "norm_images": ("12", 12), "held_out": ("13", 13),
 }  # fmt: skip
-AGAIN_VALUES = {name: value for name, value in RECIPE_VALUES.items() if name not in api.STAYS}
+AGAIN_VALUES = {name: value for name, value in RECIPE_VALUES.items() if name not in STAYS}
 PIXEL_VALUES = {"mean": ("0.5,0.25", (0.5, 0.25)), "std": ("2", (2.0,)), "scale": ("0.125", 0.125)}
 
 
@@ -326,7 +328,7 @@ def meant(values: dict[str, tuple[str, Any]]) -> dict[str, Any]:
 def test_there_is_an_option_for_every_field():
     assert [f.name for f in options.MACRO] == ["macro", *FIELDS] == list(MACRO_VALUES)
     assert {f.name for f in options.RECIPE} == set(Recipe().to_dict()) == set(RECIPE_VALUES)
-    assert {f.name for f in options.AGAIN} == set(AGAIN_VALUES) and set(options.FIRST_TIME) == set(api.STAYS)
+    assert {f.name for f in options.AGAIN} == set(AGAIN_VALUES) and set(options.FIRST_TIME) == set(STAYS)
     assert {f.name for f in options.PIXELS} == set(Preprocess().to_dict()) == set(PIXEL_VALUES)
 
 

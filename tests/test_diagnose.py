@@ -15,7 +15,7 @@ from test_api import documented, paths
 from torch import nn
 
 import rqtool
-from rqtool import Data, Images, Macro, Recipe, api, checkpoint
+from rqtool import Data, Images, Macro, Recipe, checkpoint
 from rqtool.cli.main import run
 from rqtool.errors import ConfigError, StorageError
 from rqtool.hardware import adc
@@ -23,6 +23,7 @@ from rqtool.model.capture import capture
 from rqtool.report.plots import histogram_svg, plot_files
 from rqtool.train.calibrate import calibrate
 from rqtool.train.diagnose import Converter, accuracies, converter, ideal_adcs, judged, layer_rows, look, together, trials, verdict
+from rqtool.train.finetune import Feed
 from rqtool.train.histogram import partial_sum_histogram, tile_histograms
 from rqtool.train.layers import ReadLayer, group_shape, level_units
 from rqtool.train.measure import clip_rate, layer_table, watched
@@ -156,7 +157,7 @@ def test_switches_and_watches_are_put_back_after_an_error(monkeypatch):
     with pytest.raises(MemoryError):
         look(network, inputs())
     with pytest.raises(MemoryError):
-        accuracies(network, api.Feed(Images(inputs().numpy(), np.zeros(12, np.int64)), np.ones(1), np.zeros(1)))
+        accuracies(network, Feed(Images(inputs().numpy(), np.zeros(12, np.int64)), np.ones(1), np.zeros(1)))
     assert [(layer.ideal_adc, layer.watch) for layer in layers.values()] == [(False, None), (True, None), (False, None)]
 
 

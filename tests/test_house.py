@@ -26,6 +26,7 @@ FLOORS = [
     ("rqtool.program.freeze", "rqtool.program.run"),
     ("rqtool.train",),
     ("rqtool.export", "rqtool.checkpoint", "rqtool.report"),
+    ("rqtool.jobs",),
     ("rqtool", "rqtool.api"),  # the public functions; `import rqtool` alone imports none of the rooms
     ("rqtool.cli", "rqtool.__main__"),
 ]

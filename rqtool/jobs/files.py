@@ -1,0 +1,130 @@
+"""What needs no data set: the plan of a model, what a file holds, what of it is right, and which operations there are."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rqtool import checkpoint
+from rqtool.checkpoint import Checkpoint
+from rqtool.errors import CheckError, ConfigError, InputError, escaped
+from rqtool.hardware.macro import Macro
+from rqtool.jobs.prepare import sample_images
+from rqtool.jobs.results import Planned
+from rqtool.mapping.plan import Plan
+from rqtool.model.capture import LIFT, capture
+from rqtool.model.graph import Graph
+from rqtool.model.load import load_model
+from rqtool.model.zoo import ZOO
+from rqtool.program import golden
+from rqtool.program.ir import ATTRIBUTES
+from rqtool.program.run import Runner
+from rqtool.train.rewrite import plans
+
+
+def plan(model: str | Path | nn.Module, macro: Macro | None = None, *, arch: str | None = None, input_shape: tuple[int, ...] | None = None) -> Planned:
+    """The reads of a model on a macro, for one image; no data needed.
+
+    model: a .rq file (whose own macro is the default), a model file, a built-in name or a torch module. input_shape: (C, H, W) of
+    one image; built-in networks and .rq files know theirs.
+    """
+    name = model if isinstance(model, (str, Path)) else type(model).__name__
+    if str(name).endswith(".rq"):
+        saved = checkpoint.load(name)
+        graph, macro = saved.network.graph, macro or saved.macro
+    else:
+        graph = capture(load_model(model, arch), _shape_for(name, arch, input_shape)).graph
+    macro = macro or Macro()
+    return Planned(str(name), macro, graph.input_shape, [p.cost(_positions(graph, p)) for p in plans(graph, macro).values()])
+
+
+def _positions(graph: Graph, plan: Plan) -> int:
+    return prod(graph.shape(plan.name)) // plan.geometry.columns
+
+
+def _shape_for(name: str | Path, arch: str | None, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    known = ZOO.get(str(arch)) or ZOO.get(str(name))
+    if shape is not None:
+        return shape
+    if known is None:
+        raise ConfigError(f"{escaped(name)}: a model file does not say what it takes; give --input C,H,W, for example --input 1,28,28")
+    return known.shape
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a file holds, as plain data: .rq, .onnx, or a model file (names and shapes of its tensors). Nothing is executed."""
+    suffix = Path(path).suffix
+    if suffix == ".rq":
+        return _inspect_rq(checkpoint.load(path), path)
+    if suffix == ".onnx":
+        return _inspect_onnx(path)
+    from rqtool.model.load import state_of
+
+    state = state_of(path)
+    if suffix == ".safetensors":  # which keeps no order
+        state = dict(sorted(state.items()))
+    tensors = [{"name": escaped(k), "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for k, t in state.items()]
+    return {"command": "inspect", "source": str(path), "kind": "weights", "values": sum(t.numel() for t in state.values()), "tensors": tensors}
+
+
+def _inspect_rq(saved: Checkpoint, path: str | Path) -> dict[str, Any]:
+    ops = [{"kind": op.kind, "name": op.name, "output": list(saved.program.tensors[op.output].shape)} for op in saved.program.ops]
+    about = {"macro": saved.macro.to_dict(), "preprocess": saved.preprocess.to_dict(), "classes": saved.classes, "recipe": saved.recipe, "results": saved.results}
+    return {"command": "inspect", "source": str(path), "kind": "rq", **about, "program_sha256": saved.program.sha256(), "ops": ops}
+
+
+def _inspect_onnx(path: str | Path) -> dict[str, Any]:
+    from rqtool.export import metadata
+    from rqtool.export.validate import load_onnx
+
+    document = metadata.read(load_onnx(path))
+    try:
+        Macro(**document["macro"]["fields"])
+    except (TypeError, ConfigError) as e:
+        raise InputError(f"{escaped(path)}: its metadata describes no macro that can be ({escaped(e)}); export the file again") from e
+    return {"command": "inspect", "source": str(path), "kind": "onnx", "metadata": document}
+
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """What was checked of a .rq or .onnx file and found right, as plain data. Raises InputError where it cannot be read, CheckError
+    where it is not what rqtool wrote or computes.
+
+    .rq: every hash, the program's structure, and every integer of one random image against the definition. .onnx: the graph, the
+    metadata, their hashes and ADC codes, and every accumulator of one random image, by onnxruntime and by the metadata alone.
+    """
+    suffix = Path(path).suffix
+    if suffix not in (".rq", ".onnx"):
+        raise InputError(f"{escaped(path)}: is no kind of file that rqtool writes; give a .rq or .onnx file")
+    checked = _verify_rq(path) if suffix == ".rq" else _verify_onnx(path)
+    return {"source": str(path), "kind": suffix[1:], **checked}
+
+
+def _verify_rq(path: str | Path) -> dict[str, Any]:
+    saved = checkpoint.load(path)
+    x = sample_images(saved, None, 1)
+    want, got = golden.run(saved.program, x), Runner(saved.program).trace(torch.from_numpy(x))
+    for name, values in want.items():
+        if not np.array_equal(values, got[name].numpy()):
+            raise CheckError(f"{escaped(path)}: tensor {escaped(name)} differs from the definition on a random image; please report this as a bug")
+    return {"program_sha256": saved.program.sha256(), "tensors": len(want), "integers": int(sum(values.size for values in want.values()))}
+
+
+def _verify_onnx(path: str | Path) -> dict[str, Any]:
+    from rqtool.export.validate import enumerated, load_onnx, validate
+    from rqtool.export.verify import verify_file
+
+    model = load_onnx(path)
+    doc = validate(model)
+    codes = sum(enumerated(layer) for layer in doc["layers"])
+    return {"program_sha256": doc["program"]["sha256"], "layers": len(doc["layers"]), "codes": codes, "accumulators": verify_file(model)}
+
+
+def operations() -> dict[str, Any]:
+    """The aten operations that are understood in a model, the operations of an integer program, and the built-in networks."""
+    networks = [{"name": name, "input_shape": list(entry.shape), "about": entry.about} for name, entry in ZOO.items()]
+    return {"command": "ops", "model": sorted(LIFT), "program": {kind: sorted(names) for kind, names in ATTRIBUTES.items()}, "networks": networks}

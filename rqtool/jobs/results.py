@@ -1,0 +1,153 @@
+"""What the public functions give: dataclasses of plain data with `to_json()`, whose keys docs/json.md describes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rqtool.hardware.macro import Macro
+from rqtool.train.finetune import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What is said of every fine-tuning. top-1 in percent of `images` images; `measured_on` is "test" or "held-out".
+
+    tuned: after `recipe.epochs` epochs, the integer program that was saved. agreement: percent of images on which the integer
+    program and the network that is served, its graph run in floating point, name the same class (train/served.py). roll_backs:
+    epochs that diverged and were done again, each at half the rate.
+    """
+
+    out: str | None
+    macro: Macro
+    recipe: Recipe
+    tuned_top1: float
+    agreement: float
+    images: int
+    measured_on: str
+    train_images: int
+    held_out_images: int
+    chosen: str
+    roll_backs: int
+    layers: list[dict[str, Any]]
+    seconds: float
+
+    def _named(self, *names: str) -> dict[str, Any]:
+        """These attributes by name."""
+        return {name: getattr(self, name) for name in names}
+
+    def _described(self) -> dict[str, Any]:
+        """What was made: the first keys of the JSON object, after the command's own."""
+        return {"out": self.out, "macro": self.macro.to_dict(), "recipe": self.recipe.to_dict()}
+
+    def _training(self) -> dict[str, Any]:
+        """How it was trained and measured: the keys after the metrics."""
+        return self._named("measured_on", "train_images", "held_out_images", "chosen", "roll_backs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized(Tuned):
+    """What `quantize` found, beside what `Tuned` says. float: the model as it came. ptq: calibrated, not trained. ideal: the twin
+    with an ideal ADC, trained equally long."""
+
+    float_top1: float
+    ptq_top1: float
+    ideal_top1: float | None
+    islands: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> float | None:
+        """Points of top-1 that the ADC costs: ideal twin minus tuned."""
+        return None if self.ideal_top1 is None else self.ideal_top1 - self.tuned_top1
+
+    @property
+    def reads_per_mac(self) -> float:
+        return sum(row["reads"] for row in self.layers) / sum(row["macs"] for row in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        top1 = self._named("float_top1", "ptq_top1", "tuned_top1", "ideal_top1")
+        return {
+            "command": "quantize", **self._described(), "metrics": {**top1, "adc_loss": self.loss, **self._named("agreement", "images", "reads_per_mac")},
+            **self._training(), "fully_integer": not self.islands, "islands": list(self.islands), "layers_off_macro": [], **self._named("layers", "seconds"),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Tuned):
+    """What `train_more` found, beside what `Tuned` says. before: the integer program as it came. recipe: of these epochs; history: the
+    recipes of all trainings before, oldest first."""
+
+    source: str
+    history: list[Recipe]
+    before_top1: float
+
+    def to_json(self) -> dict[str, Any]:
+        history = [recipe.to_dict() for recipe in self.history]
+        metrics = self._named("before_top1", "tuned_top1", "agreement", "images")
+        about = {**self._training(), **self._named("layers", "seconds")}
+        return {"command": "train", "source": self.source, **self._described(), "history": history, "metrics": metrics, **about}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Top-1 in percent of `images` images by the integer program; adc is "real" or "ideal"."""
+
+    source: str
+    top1: float
+    images: int
+    adc: str
+    measured_on: str
+    macro: Macro
+    seconds: float
+    fast: dict[str, bool]
+
+    def to_json(self) -> dict[str, Any]:
+        metrics = {"top1": self.top1, "images": self.images}
+        about = {"adc": self.adc, "measured_on": self.measured_on, "macro": self.macro.to_dict(), "seconds": self.seconds, "fused_layers": self.fast}
+        return {"command": "eval", "source": self.source, "metrics": metrics, **about}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file and what was proved of it (None where it was not verified)."""
+
+    source: str
+    out: str
+    body: str
+    bytes: int
+    report: dict[str, Any] | None
+    vectors: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"command": "export", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Rows of Plan.cost for one image, layer by layer, and their sums."""
+
+    source: str
+    macro: Macro
+    input_shape: tuple[int, ...]
+    layers: list[dict[str, Any]]
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        sums = {key: sum(row[key] for row in self.layers) for key in ("tiles", "macs", "reads", "cycles")}
+        return sums | {"reads_per_mac": sums["reads"] / sums["macs"]}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"command": "plan", "source": self.source, "macro": self.macro.to_dict(), "input_shape": list(self.input_shape), "layers": self.layers, "totals": self.totals}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The three results of the demo."""
+
+    quantized: Quantized
+    evaluated: Evaluated
+    exported: Exported
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {"quantize": self.quantized, "eval": self.evaluated, "export": self.exported}
+        return {"command": "demo", **{name: part.to_json() for name, part in parts.items()}}

@@ -1,0 +1,191 @@
+"""Training jobs: a float model to a .rq file, and a .rq file to another one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from rqtool import checkpoint
+from rqtool.checkpoint import Checkpoint
+from rqtool.errors import ConfigError, InputError, escaped
+from rqtool.hardware.macro import Macro
+from rqtool.jobs.prepare import Silent, check_augment, fitting_images, prepare, read_data, ready_kernels, sample, split
+from rqtool.jobs.results import Quantized, Trained
+from rqtool.model.data import Data, Preprocess
+from rqtool.model.network import Network
+from rqtool.program.ir import Program
+from rqtool.program.numbers import Numbers
+from rqtool.storage import check_writable
+from rqtool.train.finetune import Recipe, Run, consider_norms, fitting_network, top1
+from rqtool.train.frozen import lower, peaks_of
+from rqtool.train.measure import layer_table, percent, predictions, real_predictions
+from rqtool.train.rewrite import plans
+from rqtool.train.served import Served
+from rqtool.train.stages import MAIN, TWIN, Job, Stages
+from rqtool.train.state import Runs, about_job, kept_runs
+
+PEAK_IMAGES, PEAK_BATCH = 512, 128  # images behind the ranges of grids
+STAYS = {
+    "seed": "it decides which images are held out", "held_out": "its images have chosen the network",
+    "calibration": "the network is calibrated", "calibration_images": "the network is calibrated", "ideal_epochs": "the network has met its ADC",
+    "teacher": "a .rq file holds no teacher", "distill_weight": "a .rq file holds no teacher", "distill_temperature": "a .rq file holds no teacher",
+}  # fmt: skip
+
+
+def quantize(
+    model: str | Path | nn.Module,
+    data: str | Data,
+    macro: Macro | None = None,
+    *,
+    arch: str | None = None,
+    out: str | Path | None = None,
+    recipe: Recipe | None = None,
+    preprocess: Preprocess | dict[str, Any] | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    twin: bool = True,
+    state: str | Path | None = None,
+    force: bool = False,
+    progress: Any = None,
+) -> Quantized:
+    """Rewrite a trained model for a macro, calibrate it, fine-tune it through the ADC, measure it, and save it to `out` (if given).
+
+    model: a file, a built-in name or a torch module (it is not changed). data: as `load_data` reads it; needs training images.
+    input_shape: what one image is for the model, (C, H, W), (C, L) or (F,), where it is not what the data set says.
+    preprocess: what a pixel is worth; a dictionary changes only those fields of the default for this data set.
+    twin: also train the ideal-ADC twin equally long, which shows what the ADC alone costs. state: a file that is replaced after every
+    epoch; where it exists, the same job goes on from it, to the same bits on the same number of threads. Raises RqError's kinds.
+    """
+    started, macro, recipe, progress = time.monotonic(), macro or Macro(), recipe or Recipe(), progress or Silent()
+    if out is not None:
+        check_writable(out, force)
+    job = prepare(model, data, arch, recipe, preprocess, input_shape, progress)
+    plans(job.network.graph, macro)  # what the macro cannot hold is refused before any work
+    ready_kernels(progress, training=recipe.epochs + recipe.ideal_epochs > 0)
+    with progress.stage("float model", 1) as done:
+        float_top1 = top1(job.network, job.test)[0]
+        done()
+    stages = Stages(job, macro, recipe, progress, _runs(state, macro, job, recipe))
+    network, best = stages.calibrated(macro, "calibration")
+    measured = _measured(network, macro, job, progress, "post-training")
+    ptq_top1 = measured.top1
+    network, run = stages.main(network, best)
+    if run.best is not best:  # else nothing better was found, and that is measured already
+        measured = _measured(network, macro, job, progress, "integer program")
+    ideal_top1 = _twin(stages, measured.top1) if twin else None
+    figures = _figures(stages, network, run, measured, out, started)
+    result = Quantized(**figures, float_top1=float_top1, ptq_top1=ptq_top1, ideal_top1=ideal_top1)
+    _save(result, network, measured, job, force)
+    return result
+
+
+def train_more(
+    source: str | Path,
+    data: str | Data,
+    *,
+    out: str | Path | None = None,
+    recipe: dict[str, Any] | None = None,
+    state: str | Path | None = None,
+    force: bool = False,
+    progress: Any = None,
+) -> Trained:
+    """Train the network of a .rq file for more epochs through its ADC, with a schedule of its own, and save it to `out` (if given).
+
+    data: what it was made with, so that the same images are held out. recipe: settings that are not as before; those in STAYS cannot
+    change, and there is no teacher. state: as in `quantize`. Raises RqError's kinds.
+    """
+    started, progress = time.monotonic(), progress or Silent()
+    if out is not None:
+        check_writable(out, force)
+    saved = checkpoint.load(source)
+    history = recipes_of(saved, source)
+    recipe = recipe_after(history[-1], recipe or {})
+    job = _job_of(saved, read_data(data, unsplit="train"), recipe)
+    stages = Stages(job, saved.macro, recipe, progress, _runs(state, saved.macro, job, recipe))
+    ready_kernels(progress, training=recipe.epochs > 0)
+    with progress.stage("integer program before", len(job.test)) as done:
+        before = percent(predictions(saved.program, job.test.images, done) == job.test.images.y)
+    network = saved.network
+    best = consider_norms("as before", network, job.train, job.held, recipe, None)
+    run = stages.tuned(network, best, recipe, None, MAIN)
+    measured = _measured(network, saved.macro, job, progress, "integer program")
+    result = Trained(**_figures(stages, network, run, measured, out, started), source=str(source), history=history, before_top1=before)
+    _save(result, network, measured, job, force)
+    return result
+
+
+def recipes_of(saved: Checkpoint, source: str | Path) -> list[Recipe]:
+    """The recipes that made a file, oldest first."""
+    try:
+        return [Recipe(**fields) for fields in (*saved.results.get("history", []), saved.recipe)]
+    except (TypeError, AttributeError, ConfigError) as e:
+        raise InputError(f"{escaped(source)}: its recipe is not one of this version ({escaped(e)}); make the file again") from e
+
+
+def recipe_after(before: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe of more epochs: the one before with `changes`."""
+    for name in changes.keys() & STAYS.keys():
+        raise ConfigError(f"--{name.replace('_', '-')} cannot change when training goes on, for {STAYS[name]}; leave it out")
+    return replace(before, **{"teacher": "none", "ideal_epochs": 0, **changes})
+
+
+def _job_of(saved: Checkpoint, data: Data, recipe: Recipe) -> Job:
+    """The job of training a checkpoint on."""
+    if data.train is None:
+        raise InputError(f"{escaped(data.name)}: has no training images; give a data set with a training part (x_train, y_train)")
+    check_augment(saved.network, recipe)
+    parts = {name: images and fitting_images(saved, data, images) for name, images in (("train", data.train), ("test", data.test))}
+    return split(saved.network, replace(data, **parts), recipe, saved.preprocess)
+
+
+# -- the work of both --------------------------------------------------------------------------------------------------
+def _runs(state: str | Path | None, macro: Macro, job: Job, recipe: Recipe) -> Runs:
+    return Runs() if state is None else kept_runs(state, about_job(job.network, macro, recipe, [job.train, job.held]))
+
+
+def _twin(stages: Stages, tuned_top1: float) -> float:
+    if stages.macro.ideal:
+        return tuned_top1
+    return _measured(stages.twin, stages.macro.with_ideal_adc(), stages.job, stages.progress, TWIN).top1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A network's integer program, the numbers that `Served` computes it with, the peaks that its grids come from; the classes that
+    the program names for the test images, and their top-1."""
+
+    program: Program
+    numbers: Numbers
+    peaks: dict[str, float]
+    found: np.ndarray
+    top1: float
+
+
+def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str) -> Measured:
+    peaks = peaks_of(network, job.train.batches(fitting_network(network, PEAK_BATCH), PEAK_IMAGES))
+    program, numbers = lower(network, macro, peaks, job.pixels, job.whole)
+    with progress.stage(name, len(job.test)) as done:
+        found = predictions(program, job.test.images, done)
+    return Measured(program, numbers, peaks, found, percent(found == job.test.images.y))
+
+
+def _figures(stages: Stages, network: Network, run: Run, measured: Measured, out: str | Path | None, started: float) -> dict[str, Any]:
+    """The fields of `Tuned`, by name."""
+    job = stages.job
+    agreement = percent(measured.found == real_predictions(Served(network, measured.numbers), job.test.images))
+    return {
+        "out": None if out is None else str(out), "macro": stages.macro, "recipe": stages.recipe, "tuned_top1": measured.top1, "agreement": agreement,
+        "images": len(job.test), "measured_on": job.measured_on, "train_images": len(job.train), "held_out_images": len(job.held), "chosen": run.best.name,
+        "roll_backs": run.roll_backs, "layers": layer_table(network, sample(network, job.train)), "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+def _save(result: Quantized | Trained, network: Network, measured: Measured, job: Job, force: bool) -> None:
+    """Write the .rq file, where one is asked for."""
+    if result.out is not None:
+        parts = (measured.program, measured.peaks, job.preprocess, job.classes, result.recipe.to_dict(), result.to_json())
+        Checkpoint(result.macro, network, *parts).save(result.out, force)
