@@ -26,7 +26,7 @@ class Task:
 
 TASKS = {
     "mnist": Task("MNIST, LeNet with batch norm", "lenet_bn", "lenetbn_mnist.pt", "mnist.npz"),
-    "fashion": Task("Fashion-MNIST, the network of the demonstration", "demo", None, "fashion_mnist.npz"),
+    "fashion": Task("Fashion-MNIST, the network of the demonstration", "demo", None, "fashion_mnist.npz", lr=3e-3),
     "cifar": Task("CIFAR-10 (JPEG-75 copy), ResNet-20", "resnet20", "resnet20_cifar10jpeg_finetuned.pt", "cifar10_jpeg75.npz", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 128, 3e-3),
 }  # fmt: skip
 
@@ -59,6 +59,7 @@ def fields(**given: Any) -> tuple[tuple[str, Any], ...]:
 FINE, MODES, RANGES, WIDE, TRIED = "Fine-tuned through the ADC", "The four modes", "Post-training alone", "128 rows on", "Other recipes"
 EPOCHS = {"mnist": 2, "fashion": 2, "cifar": 1}
 TAUGHT = fields(mode="ste", teacher="float")
+COLUMN = fields(granularity="column")
 POLICIES = {
     "full": (fields(range="full"), ()),
     "peak": ((), fields(calibration="peak")),
@@ -71,16 +72,14 @@ POLICIES = {
 
 
 def fine_tuned(task: str) -> dict[str, Experiment]:
-    """4, 3 and 2 bits with evenly spaced and with free levels, and the preset."""
-    found = {}
-    for bits in (4, 3, 2):
-        found[f"{task}-{bits}"] = Experiment(FINE, task, fields(adc_bits=bits, levels="free"), None, EPOCHS[task], TAUGHT)
-        found[f"{task}-{bits}-uniform"] = Experiment(FINE, task, fields(adc_bits=bits), None, EPOCHS[task], TAUGHT)
-    return found | {f"{task}-nthu-2019": Experiment(FINE, task, (), "nthu-2019", EPOCHS[task], TAUGHT)}
+    """4, 3 and 2 bits, and the preset: a step for each column, a step for the layer, free levels."""
+    ways = {"": fields(granularity="column"), "-layer": (), "-free": fields(levels="free")}
+    found = {f"{task}-{bits}{way}": Experiment(FINE, task, fields(adc_bits=bits) + macro, None, EPOCHS[task], TAUGHT) for bits in (4, 3, 2) for way, macro in ways.items()}
+    return found | {f"{task}-nthu-2019{way}": Experiment(FINE, task, ways[way], "nthu-2019", EPOCHS[task], TAUGHT) for way in ("", "-layer")}
 
 
 def modes(task: str, names: tuple[str, ...]) -> dict[str, Experiment]:
-    """The modes against each other: evenly spaced levels, no teacher."""
+    """The modes against each other: a step for the layer, no teacher."""
     return {f"{task}-{bits}-{mode}": Experiment(MODES, task, fields(adc_bits=bits), None, EPOCHS[task], fields(mode=mode)) for bits in (4, 3, 2) for mode in names}
 
 
@@ -89,7 +88,7 @@ def ranges(task: str) -> dict[str, Experiment]:
 
 
 def wide(task: str) -> dict[str, Experiment]:
-    return {f"{task}-wl128-{bits}": Experiment(WIDE, task, fields(wl=128, adc_bits=bits, levels="free"), None, EPOCHS[task], TAUGHT) for bits in (6, 5, 4)}
+    return {f"{task}-wl128-{bits}": Experiment(WIDE, task, fields(wl=128, adc_bits=bits, granularity="column"), None, EPOCHS[task], TAUGHT) for bits in (6, 5, 4)}
 
 
 EXPERIMENTS = {
@@ -97,10 +96,10 @@ EXPERIMENTS = {
     **modes("fashion", ("relaxed", "ste", "mean", "gumbel")), **modes("mnist", ("relaxed", "ste")), **modes("cifar", ("relaxed", "ste", "mean")),
     **ranges("mnist"), **ranges("fashion"), **ranges("cifar"),
     **wide("mnist"), **wide("cifar"),
-    "mnist-4-ideal-teacher": Experiment(TRIED, "mnist", fields(levels="free"), None, 2, fields(mode="ste", teacher="ideal")),
-    "mnist-4-shift": Experiment(TRIED, "mnist", fields(levels="free"), None, 2, (*TAUGHT, ("augment", "shift"))),
-    "mnist-4-two-stage": Experiment(TRIED, "mnist", fields(levels="free"), None, 1, (*TAUGHT, ("ideal_epochs", 1))),
-    "cifar-4-column": Experiment(TRIED, "cifar", fields(granularity="column"), None, 1, TAUGHT),
-    "cifar-4-relaxed-taught": Experiment(TRIED, "cifar", (), None, 1, fields(mode="relaxed", teacher="float")),
-    "cifar-4-shift-flip": Experiment(TRIED, "cifar", fields(levels="free"), None, 1, (*TAUGHT, ("augment", "shift-flip"))),
+    "mnist-4-ideal-teacher": Experiment(TRIED, "mnist", COLUMN, None, 2, fields(mode="ste", teacher="ideal")),
+    "mnist-4-shift": Experiment(TRIED, "mnist", COLUMN, None, 2, (*TAUGHT, ("augment", "shift"))),
+    "mnist-4-two-stage": Experiment(TRIED, "mnist", COLUMN, None, 1, (*TAUGHT, ("ideal_epochs", 1))),
+    "cifar-4-relaxed-taught": Experiment(TRIED, "cifar", COLUMN, None, 1, fields(mode="relaxed", teacher="float")),
+    "cifar-4-shift-flip": Experiment(TRIED, "cifar", COLUMN, None, 1, (*TAUGHT, ("augment", "shift-flip"))),
+    "cifar-4-long": Experiment(TRIED, "cifar", COLUMN, None, 4, TAUGHT),
 }  # fmt: skip

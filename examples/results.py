@@ -26,10 +26,10 @@ images over the runs on which the integer program and the served network in floa
 network (weight {DISTILL_WEIGHT} of the loss unless said) and teaches the twin, too.
 """
 ABOUT = {
-    FINE: "With evenly spaced and with free levels. `nthu-2019`: 2-bit inputs, sign + 2-bit weights, 15 codes.",
-    MODES: "Evenly spaced levels, no teacher, the same budget; what is chosen from this table is in [training.md](training.md).",
+    FINE: "With a step (and zero) for each column, which costs a chip nothing; with one for the layer; with free levels. `nthu-2019`: 2-bit inputs, sign + 2-bit weights, 15 codes.",
+    MODES: "A step for the layer, no teacher, the same budget; what is chosen from this table is in [training.md](training.md).",
     RANGES: "No training (batch norm is re-estimated where held-out images say so). The twin is not trained either.",
-    WIDE: "Free levels.",
+    WIDE: "A step for each column.",
     TRIED: "One thing changed at a time.",
 }  # fmt: skip
 COLUMNS = ("job", "setting", "recipe", "reads per MAC", "epochs", "runs", "float", "post-training", "fine-tuned", "ideal-ADC twin", "loss", "agreement", "minutes", "commit")
@@ -92,7 +92,8 @@ def report(found: dict[str, list[dict[str, Any]]], plots: list[str]) -> str:
 
 def plot(found: dict[str, list[dict[str, Any]]], task: str) -> str | None:
     """Top-1 against the bits of the ADC as SVG, None where no job of the task is fine-tuned: a line for each way, with the range over seeds."""
-    ways = {"fine-tuned, free levels": "{}-{}", "fine-tuned, evenly spaced": "{}-{}-uniform", "post-training, free levels": "{}-{}-ptq-free", "post-training, evenly spaced": "{}-{}-ptq-uniform"}
+    ways = {"fine-tuned, step per column": "{}-{}", "fine-tuned, step per layer": "{}-{}-layer", "fine-tuned, free levels": "{}-{}-free"}
+    ways |= {"post-training, step per column": "{}-{}-ptq-column", "post-training, free levels": "{}-{}-ptq-free"}
     lines = {way: {b: values(found[n], "tuned_top1") for b in (2, 3, 4) if (n := name.format(task, b)) in found} for way, name in ways.items()}
     twins = {b: values(found[n], "ideal_top1") for b in (2, 3, 4) if (n := f"{task}-{b}") in found}
     lines = {way: points for way, points in {**lines, "twin with an ideal ADC": twins}.items() if points}

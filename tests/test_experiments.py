@@ -38,9 +38,9 @@ def keep(rows: Path, name: str, found: dict, seed: int = 0) -> None:
 
 
 def test_a_row_is_mean_and_half_the_range_over_seeds(experiments: ModuleType) -> None:
-    row = experiments.results.row("mnist-4-uniform", [result(99.4, 99.5, 100.0, "0123456"), result(99.5, 99.5, 99.9)])
+    row = experiments.results.row("mnist-4-layer", [result(99.4, 99.5, 100.0, "0123456"), result(99.5, 99.5, 99.9)])
     assert row == (
-        "| mnist-4-uniform | 9 rows on, 4/4 bits, 4-bit ADC, twos, step per layer | relaxed | 0.1111 | 2 | 2 | 99.50 ± 0.00 | 99.00 ± 0.00 | 99.45 ± 0.05 | 99.50 ± 0.00 | 0.05 ± 0.05 | 99.90 | 2 | 0123456, abc1234 |"
+        "| mnist-4-layer | 9 rows on, 4/4 bits, 4-bit ADC, twos, step per layer | relaxed | 0.1111 | 2 | 2 | 99.50 ± 0.00 | 99.00 ± 0.00 | 99.45 ± 0.05 | 99.50 ± 0.00 | 0.05 ± 0.05 | 99.90 | 2 | 0123456, abc1234 |"
     )
 
 
@@ -64,7 +64,7 @@ def test_a_twin_is_known_from_a_row_with_the_same_one(experiments: ModuleType, t
         return experiments.known_twin(name, seed, tmp_path)
 
     keep(tmp_path, "mnist-4", result(99.4, 99.55, 100.0))
-    assert known("mnist-2-uniform") == known("mnist-wl128-5") == known("mnist-4-ideal-teacher") == 99.55
+    assert known("mnist-2-free") == known("mnist-wl128-5") == known("mnist-4-ideal-teacher") == 99.55
     assert known("mnist-4-relaxed") is known("mnist-4-shift") is known("mnist-4-two-stage") is known("mnist-nthu-2019") is known("mnist-4-ptq-free") is None
     keep(tmp_path, "mnist-4-ste", result(99.4, 99.6, 100.0))
     assert known("mnist-4-relaxed") == 99.6 and known("mnist-4-relaxed", 1) is None
@@ -81,7 +81,7 @@ def test_the_report_and_the_plots_show_finished_rows_only(experiments: ModuleTyp
     drawing = ElementTree.parse(tmp_path / "results-mnist.svg").getroot()
     assert len(drawing.findall("{*}polyline")) == 2 and len(drawing.findall("{*}circle")) == 4
     words = {t.text for t in drawing.findall("{*}text")}
-    assert {"fine-tuned, free levels", "twin with an ideal ADC"} <= words and "fine-tuned, evenly spaced" not in words
+    assert {"fine-tuned, step per column", "twin with an ideal ADC"} <= words and "fine-tuned, free levels" not in words
 
 
 def test_jpeg_files_back_to_back_are_decoded(experiments: ModuleType) -> None:
