@@ -37,7 +37,7 @@ from rqtool.program.freeze import Norm
 from rqtool.program.run import Runner
 from rqtool.report.doctor import processor
 from rqtool.storage import write_atomic
-from rqtool.train.calibrate import calibrate
+from rqtool.train.calibrate import calibrate, optimal_levels
 from rqtool.train.finetune import Feed, Recipe, optimizer
 from rqtool.train.frozen import freeze, peaks_of
 from rqtool.train.layers import over_rows
@@ -83,8 +83,8 @@ class Layer:
     def _spec(self) -> ReadSpec:
         macro, tiles = self.macro, len(self.plan.tiles)
         if macro.levels == "free":
-            edges = np.linspace(-200, 200, macro.top).round().astype(int)
-            spec = free_level_spec(self.plan, edges, np.linspace(-1600, 1600, macro.top + 1).round().astype(int))
+            p = np.arange(macro.p_min, macro.p_max + 1)
+            spec = free_level_spec(self.plan, *optimal_levels(1e6 * np.exp(-np.abs(p) / 50), macro))  # many sums near 0 and a long tail, as in real layers
         else:
             shape = {"layer": (1, 1), "column": (1, self.channels), "tile": (tiles, 1)}[macro.granularity]
             mult = adc.snap(np.full(shape, 16.0 if macro.wl <= 9 else 64.0), macro.shift)

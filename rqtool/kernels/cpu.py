@@ -19,13 +19,15 @@ from numba import njit
 from rqtool.kernels import strips, vector
 from rqtool.kernels.layout import layout_of, offsets_of, packed, scratch
 from rqtool.kernels.spec import ReadSpec, Tables
-from rqtool.kernels.strips import ADC, ADC16, BLOCK, FREE_BITS, GROUPS, HARD, LEVELS16, NOISY, POSITIONS, STRIP, TABLE, WORD
+from rqtool.kernels.strips import ADC, ADC16, BLOCK, BUCKETS, BUCKETS16, FREE_BITS, GROUPS, HARD, LEVELS16, NOISY, POSITIONS, STRIP, TABLE, WORD
 from rqtool.kernels.threads import each
 from rqtool.kernels.vector import BYTES, DOT8, LANES
 
 MAX_CHUNKS = 8
 MOST8, MOST15 = 127, 32767
 SHIFT16 = 15  # of the 16-bit form
+FREE_FORM = 2  # of strips.read16, where forms for free levels begin
+BUCKET_MULTS = np.unique((32767 / np.geomspace(1, 4096, 160)).astype(np.int64))  # of the coarse ADCs that are tried, wide codes first
 DOT8_FORMS = len(strips.KINDS)  # from this form on, partial sums are 8-bit dot products
 GROUP_COLUMNS = tuple(columns for _, columns in GROUPS)
 
@@ -168,7 +170,7 @@ def _forward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images,
 
 @compiled
 def _forward16(x, offsets, group_size, tiles, w, adcs, form, period, shape, images, words, acc16, acc, out):
-    """The same in 16 bits: adcs: ADC16 or LEVELS16 records [groups, T, ..]; `period` tiles cannot overflow, then their sum is moved to acc int32."""
+    """The same in 16 bits: adcs: ADC16, BUCKETS16 or LEVELS16 records [groups, T, ..]; `period` tiles cannot overflow, then their sum is moved to acc int32."""
     size, columns = shape[0] * shape[1], out.shape[1] // w.shape[0]
     found, whole = np.empty((POSITIONS, 3), np.int64), np.empty((POSITIONS, 4), np.int64)
     n_strips, word_bytes = acc.shape[0] // STRIP, words.shape[1] * 4
@@ -342,25 +344,54 @@ def _uniform16(spec: ReadSpec, padded: int) -> _Sixteen | None:
 def _free16(spec: ReadSpec) -> _Sixteen | None:
     """For one table of whole numbers with few steps; found from the table itself."""
     found = levels16(spec.tables)
-    if found is None or np.any(spec.gain != 1):
+    if not found or np.any(spec.gain != 1):
         return None
-    record, codes = found
-    most = max(1, int(np.abs(record["levels"].astype(int)).max()))
-    form = next(n for n, bits in enumerate(FREE_BITS, 2) if codes <= 1 << bits)
-    return _Sixteen(np.broadcast_to(record, (spec.geometry.groups, len(spec.tiles), 1)).copy(), form, MOST15 // most)
+    form, record = found[0]
+    most = max(1, int(np.abs(spec.tables.value).max()))
+    return _Sixteen(np.broadcast_to(record, (spec.geometry.groups, len(spec.tiles), 1)).copy(), FREE_FORM + form, MOST15 // most)
 
 
-def levels16(tables: Tables) -> tuple[np.ndarray, int] | None:
-    """(a LEVELS16 record [1], codes) of the one row of a value table, or None where it has too many steps or values beyond 16 bits."""
+def levels16(tables: Tables) -> list[tuple[int, np.ndarray]]:
+    """(number in strips.FREE16, its record [1]) for each form, the fastest first, that the one row of a value table may take; none where
+    it has too many steps or values beyond 16 bits."""
     value = tables.value[0]
     steps = np.flatnonzero(np.diff(value)) + 1
     if len(tables.value) > 1 or len(steps) >= 1 << FREE_BITS[-1] or np.any(value != np.floor(value)) or np.abs(value).max() > MOST15:
-        return None
+        return []
+    thresholds, levels = steps + tables.p_min, value[np.concatenate([[0], steps])]
+    bucketed = _buckets(thresholds, levels)
+    return [*([] if bucketed is None else [(0, bucketed)]), _halved(thresholds, levels)]
+
+
+def _halved(thresholds: np.ndarray, levels: np.ndarray) -> tuple[int, np.ndarray]:
+    """(form, LEVELS16 record [1]): thresholds [n] halved as often as levels [n + 1] ask for."""
     record = np.zeros(1, LEVELS16)
     record["thresholds"] = MOST15  # larger than any partial sum
-    record["thresholds"][0, 1 : len(steps) + 1] = steps + tables.p_min
-    record["levels"][0, : len(steps) + 1] = value[np.concatenate([[0], steps])]
-    return record, len(steps) + 1
+    record["thresholds"][0, 1 : len(levels)] = thresholds
+    record["levels"][0, : len(levels)] = levels
+    return next(n for n, bits in enumerate(FREE_BITS, 1) if len(levels) <= 1 << bits), record
+
+
+def _buckets(thresholds: np.ndarray, levels: np.ndarray) -> np.ndarray | None:
+    """A BUCKETS16 record [1]: a uniform ADC of 32 codes, none of which has two of the thresholds [n] within; None where there is none.
+    Its lowest code holds the first threshold and all below, so that the others reach as far up as they can."""
+    mult = BUCKET_MULTS[:, None]
+    code = lambda p: (p * mult + (1 << SHIFT16 - 1)) >> SHIFT16  # noqa: E731
+    below, at = code(thresholds - 1), code(thresholds)
+    lo = at[:, min(1, len(thresholds) - 1), None] - 1 if len(thresholds) else np.zeros_like(mult)
+    below, at = (np.clip(bucket, lo, lo + BUCKETS - 1) for bucket in (below, at))
+    inside = below == at  # not at the beginning of a bucket
+    crowded = (inside[:, :-1] & (at[:, :-1] == at[:, 1:])).any(1)
+    if crowded.all():
+        return None
+    n = int(crowded.argmin())
+    record, at, inside, buckets = np.zeros(1, BUCKETS16), at[n], inside[n], lo[n] + np.arange(BUCKETS)
+    record["mult"], record["lo"], record["hi"] = mult[n], buckets[0], buckets[-1]
+    held = np.array([((at == bucket) & inside).any() for bucket in buckets])
+    first = np.searchsorted(at, buckets, "right") - held  # the code of a bucket's first partial sum
+    record["threshold"][0, buckets % BUCKETS] = np.append(thresholds, MOST15)[np.where(held, first, len(thresholds))]
+    record["below"][0, buckets % BUCKETS], record["above"][0, buckets % BUCKETS] = levels[first], levels[first + held]
+    return record
 
 
 def forward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, threads: int, *, dot8: bool = True, dtype: type = np.float32) -> np.ndarray:
@@ -471,8 +502,8 @@ def _convert16(p, record, out):
 
 
 @compiled
-def _convert_levels16(p, record, out):
-    strips.convert_levels16(p.ctypes.data, p.size // LANES, record.ctypes.data, out.ctypes.data)
+def _convert_levels16(p, record, form, out):
+    strips.convert_levels16(form, p.ctypes.data, p.size // LANES, record.ctypes.data, out.ctypes.data)
 
 
 def codes(p: np.ndarray, rate: float, lo: float, hi: float) -> np.ndarray:
@@ -498,9 +529,9 @@ def every_code(p: np.ndarray, mult: int, shift: int, lo: int, hi: int) -> list[n
 
 
 def every_level(p: np.ndarray, tables: Tables) -> list[np.ndarray]:
-    """The table's value of whole-number partial sums p through the 16-bit form, where it may be taken."""
-    found = levels16(tables) if DOT8 and np.abs(p).max() < MOST15 else None
-    return [] if found is None else [_through(_convert_levels16, p, found[0], np.int32)]
+    """The table's value of whole-number partial sums p through the 16-bit forms that may be taken."""
+    found = levels16(tables) if DOT8 and np.abs(p).max() < MOST15 else []
+    return [_through(lambda p, record, out, form=form: _convert_levels16(p, record, form, out), p, record, np.int32) for form, record in found]
 
 
 def _through(convert, p: np.ndarray, record: np.ndarray, dtype: type) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -27,6 +28,8 @@ GROUPS = ((9, 2), (3, 4))  # (rows, columns) of one step of a gradient: as many 
 ADC = np.dtype([("rate", "f4"), ("lo", "f4"), ("hi", "f4"), ("gain", "f4"), ("table", "i8"), ("key", "i8")])  # of one column in one tile
 LEVELS16 = np.dtype([("thresholds", "i2", 32), ("levels", "i2", 32)])  # free levels: code n and above from thresholds[n] on
 FREE_BITS = (2, 3, 4, 5)  # how often thresholds are halved
+BUCKETS = 2 * LANES  # as many 16-bit numbers as a register holds
+BUCKETS16 = np.dtype([("mult", "i2"), ("lo", "i2"), ("hi", "i2"), ("gain", "i2"), *((name, "i2", BUCKETS) for name in ("threshold", "below", "above"))])
 ADC16 = np.dtype([("mult", "i2"), ("lo", "i2"), ("hi", "i2"), ("gain", "i2")])
 FIELD = {name: ADC.fields[name][1] for name in ADC.names}  # where each is in a record
 
@@ -147,6 +150,21 @@ def _level16(e: Emitter, a, b, tables: tuple):
     return e.pick16(levels, index)
 
 
+def _load_buckets(e: Emitter, record) -> tuple:
+    """(the coarse ADC; the threshold in every bucket, the levels below and above it) of a BUCKETS16 record."""
+    return _load16(e, record), *(e.load(e.at(record, BUCKETS16.fields[name][1]), I16, BUCKETS, align=2) for name in ("threshold", "below", "above"))
+
+
+def _bucket16(e: Emitter, a, b, tables: tuple):
+    """The same by buckets: a uniform ADC of 32 codes says which threshold is near, and only that one is compared with.
+
+    A code picks its table entry modulo 32, as the look-up does by itself."""
+    (mult, lo, hi, _), threshold, below, above = tables
+    p = e.pack16(a, b)
+    bucket = e.clamp16(e.scale15(p, mult), lo, hi)
+    return e.b.select(e.b.icmp_signed(">=", p, e.pick16(threshold, bucket)), e.pick16(above, bucket), e.pick16(below, bucket))
+
+
 def _reader16(load: Callable, convert: Callable):
     """The same in whole numbers of 16 bits: acc int16 [columns][POSITIONS], in the order of `pack16`.
 
@@ -174,8 +192,8 @@ def _gained16(e: Emitter, a, b, loaded, adcs, column):
     return e.b.mul(_code16(e, a, b, adc), adc[3])
 
 
-def _free16(bits: int) -> Callable:
-    return _reader16(lambda e, record: _load_levels(e, record, bits), lambda e, a, b, loaded, adcs, column: _level16(e, a, b, loaded))
+def _free16(load: Callable, convert: Callable) -> Callable:
+    return _reader16(load, lambda e, a, b, loaded, adcs, column: convert(e, a, b, loaded))
 
 
 def _nothing(e: Emitter, adcs) -> None:
@@ -328,7 +346,8 @@ KINDS = ("hard", "noisy", "table")
 FORMS = [(dot8, kind) for dot8 in (False, True) for kind in KINDS]  # form = KIND, or KIND + 3 for 8-bit dot products
 read = emitted(one_of([_reader(*form) for form in FORMS]))
 slope = emitted(one_of([_sloper(*form) for form in FORMS]))
-read16 = emitted(one_of([_reader16(_nothing, _uniform16), _reader16(_nothing, _gained16), *map(_free16, FREE_BITS)]))
+FREE16 = [(_load_buckets, _bucket16), *((partial(_load_levels, bits=bits), _level16) for bits in FREE_BITS)]
+read16 = emitted(one_of([_reader16(_nothing, _uniform16), _reader16(_nothing, _gained16), *(_free16(*form) for form in FREE16)]))
 grad_rows = emitted(one_of([_grad_rows(rows) for rows, _ in GROUPS]))
 grad_weights = emitted(one_of([_grad_weights(*group) for group in GROUPS]))
 weave = emitted(one_of([_weaver(1), _weaver(2)]))
@@ -353,10 +372,15 @@ def convert16(e, p, vectors, record, out):
         e.store(e.b.sext(e.shuffle(q, q, [PACKED.index(lane) for lane in range(LANES)]), I32S), e.at(out, (n, BYTES)))
 
 
-@emitted
-def convert_levels16(e, p, vectors, table, out):
-    """The levels of int32 partial sums, int32, five halvings."""
-    with e.times(vectors) as n:
-        sums = e.load(e.at(p, (n, BYTES)), I32, LANES)
-        q = _level16(e, sums, sums, _load_levels(e, table, FREE_BITS[-1]))
-        e.store(e.b.sext(e.shuffle(q, q, [PACKED.index(lane) for lane in range(LANES)]), I32S), e.at(out, (n, BYTES)))
+def _converter16(load: Callable, convert: Callable) -> Callable:
+    def convert_tile(e, p, vectors, record, out):
+        tables = load(e, record)
+        with e.times(vectors) as n:
+            sums = e.load(e.at(p, (n, BYTES)), I32, LANES)
+            q = convert(e, sums, sums, tables)
+            e.store(e.b.sext(e.shuffle(q, q, [PACKED.index(lane) for lane in range(LANES)]), I32S), e.at(out, (n, BYTES)))
+
+    return convert_tile
+
+
+convert_levels16 = emitted(one_of([_converter16(*form) for form in FREE16]))  # the levels of int32 partial sums, int32
