@@ -24,6 +24,7 @@ from rqtool.kernels.threads import each
 from rqtool.kernels.vector import BYTES, DOT8, LANES
 
 MAX_CHUNKS = 8
+SHARE_MACS = 70_000_000  # half a millisecond or more, against some tens of microseconds that a share costs
 MOST8, MOST15 = 127, 32767
 SHIFT16 = 15  # of the 16-bit form
 FREE_FORM = 2  # of strips.read16, where forms for free levels begin
@@ -236,6 +237,11 @@ def _each_chunk(task, images: int, positions: int, threads: int, chunks: int = M
     return each(task, list(zip(bounds, bounds[1:])), threads)
 
 
+def _shares(macs: int, threads: int) -> int:
+    """How many shares a forward pass is cut into: several for each thread, so that none waits long for another at the end, but none small."""
+    return 1 if threads == 1 else threads * max(1, min(4, macs // (threads * SHARE_MACS)))
+
+
 class Prepared:
     """One pair of planes of one layer, packed for the kernels: it serves any number of calls.
 
@@ -418,8 +424,9 @@ def run(prepared: Prepared, x: np.ndarray, threads: int, *, pad: int = 0, dtype:
             _forward(*common, prepared.adcs, prepared.draws, prepared.form, given.shape, images, words, rows, scratch(acc, np.float32), out)
 
     # images do not meet in a forward pass, so any split gives the same numbers; but noise goes with the blocks of both passes
-    shares = MAX_CHUNKS if spec.noise else 1 if threads == 1 else 2 * threads
-    _each_chunk(task, x.shape[0], given.out[0] * given.out[1], threads, shares)
+    positions = given.out[0] * given.out[1]
+    shares = MAX_CHUNKS if spec.noise else _shares(out.size * spec.geometry.rows, threads)
+    _each_chunk(task, x.shape[0], positions, threads, shares)
     return out.reshape(*out.shape[:2], *given.out)
 
 
