@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -41,8 +42,14 @@ def decode(jpeg: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(image.convert("RGB")) for image in images]).transpose(0, 3, 1, 2)
 
 
+def data_of(task: Task, folder: Path) -> rqtool.Data:
+    """The data set of a task, with as many training images as it asks for."""
+    data = read_data(folder / task.data)
+    return replace(data, train=rqtool.Images(data.train.x[: task.train], data.train.y[: task.train]))
+
+
 def read_data(path: Path) -> rqtool.Data:
-    """The data set of a task; JPEG archives are decoded."""
+    """A data set; JPEG archives are decoded."""
     if "jpeg" not in path.name:
         return load_data(str(path))
     with np.load(path) as z:
@@ -92,7 +99,7 @@ def run_seed(names: list[str], seed: int, threads: int, shared: Path, rows: Path
     torch.set_num_threads(threads)
     for task in dict.fromkeys(EXPERIMENTS[n].task for n in names):
         paths = {n: rows / f"{n}-seed{seed}.json" for n in names if EXPERIMENTS[n].task == task}
-        data = None if all(path.exists() for path in paths.values()) else read_data(shared / "data" / TASKS[task].data)
+        data = None if all(path.exists() for path in paths.values()) else data_of(TASKS[task], shared / "data")
         for name, path in paths.items():
             if not path.exists():
                 found = run(name, seed, shared, data, rows)
