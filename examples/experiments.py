@@ -22,6 +22,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +76,9 @@ def known_twin(name: str, seed: int, rows: Path) -> float | None:
     return found[0] if found else None
 
 
+@cache
 def commit() -> str:
-    """The commit of this working copy, "unknown" outside of one."""
+    """The commit of this working copy when it is first asked for, "unknown" outside of one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
@@ -97,6 +99,7 @@ def run(name: str, seed: int, shared: Path, data: rqtool.Data, rows: Path) -> di
 def run_seed(names: list[str], seed: int, threads: int, shared: Path, rows: Path) -> None:
     """The jobs of one seed that have no row yet, one after another."""
     torch.set_num_threads(threads)
+    commit()  # now, for the working copy may move on while a job runs
     for task in dict.fromkeys(EXPERIMENTS[n].task for n in names):
         paths = {n: rows / f"{n}-seed{seed}.json" for n in names if EXPERIMENTS[n].task == task}
         data = None if all(path.exists() for path in paths.values()) else data_of(TASKS[task], shared / "data")
