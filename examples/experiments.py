@@ -121,8 +121,11 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     names = [n for n in EXPERIMENTS if any(fnmatch(n, pattern) for pattern in args.only)]
-    if args.list or not names:
-        sys.exit("\n".join(names) if names else f"no job is called {' or '.join(args.only)}; --list names them")
+    if not names:
+        sys.exit(f"no job is called {' or '.join(args.only)}; --list names them")
+    if args.list:
+        print(*names, sep="\n")
+        return
     args.rows.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         for job in [pool.submit(run_seed, names, seed, args.threads, args.shared, args.rows) for seed in range(args.seeds)]:
