@@ -70,14 +70,20 @@ POLICIES = {
     "column": (fields(granularity="column"), ()),
     "tile": (fields(granularity="tile"), ()),
     "free": (fields(levels="free"), ()),
+    "spread": (fields(pack="spread"), ()),
+    "spread-column": (fields(granularity="column", pack="spread"), ()),
+    "spread-free": (fields(levels="free", pack="spread"), ()),
 }
 
 
 def fine_tuned(task: str) -> dict[str, Experiment]:
-    """4, 3 and 2 bits, and the preset: a step for each column, a step for the layer, free levels."""
-    ways = {"": fields(granularity="column"), "-layer": (), "-free": fields(levels="free")}
+    """4, 3 and 2 bits, and the preset: a step for each column, a step for the layer, free levels; rows in order, or spread."""
+    ways = {
+        "": COLUMN, "-layer": (), "-free": fields(levels="free"),
+        "-spread": fields(granularity="column", pack="spread"), "-spread-free": fields(levels="free", pack="spread"),
+    }  # fmt: skip
     found = {f"{task}-{bits}{way}": Experiment(FINE, task, fields(adc_bits=bits) + macro, None, EPOCHS[task], TAUGHT) for bits in (4, 3, 2) for way, macro in ways.items()}
-    return found | {f"{task}-nthu-2019{way}": Experiment(FINE, task, ways[way], "nthu-2019", EPOCHS[task], TAUGHT) for way in ("", "-layer")}
+    return found | {f"{task}-nthu-2019{way}": Experiment(FINE, task, ways[way], "nthu-2019", EPOCHS[task], TAUGHT) for way in ("", "-layer", "-spread")}
 
 
 def modes(task: str, names: tuple[str, ...]) -> dict[str, Experiment]:
@@ -90,7 +96,12 @@ def ranges(task: str) -> dict[str, Experiment]:
 
 
 def wide(task: str) -> dict[str, Experiment]:
-    return {f"{task}-wl128-{bits}": Experiment(WIDE, task, fields(wl=128, adc_bits=bits, granularity="column"), None, EPOCHS[task], TAUGHT) for bits in (6, 5, 4)}
+    packs = {"": (), "-spread": fields(pack="spread")}
+    return {
+        f"{task}-wl128-{bits}{name}": Experiment(WIDE, task, fields(wl=128, adc_bits=bits, granularity="column") + pack, None, EPOCHS[task], TAUGHT)
+        for bits in (6, 5, 4)
+        for name, pack in packs.items()
+    }
 
 
 EXPERIMENTS = {

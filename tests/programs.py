@@ -56,6 +56,8 @@ class Builder:
         plan = Plan.make(layer, geometry, self.macro)
         weight = self.rng.integers(-self.macro.q_w, self.macro.q_w + 1, (geometry.columns, geometry.channels // geometry.groups, *geometry.kernel))
         spec, consts = self._adc(plan, gains, zeros)
+        if self.macro.pack == "spread":
+            consts["order"] = self.rng.permutation(geometry.rows).astype(np.int32)
         height, width = geometry.out_size(*self.shape(x)[1:])
         attrs = {"layer": layer, "geometry": geometry.to_dict(), "pad": pad, "adc": spec}
         bound = plan.acc_bound
@@ -158,6 +160,13 @@ CASES: dict[str, Case] = {
     "tile_across_channels": Case(Macro(wl=4), Geometry(4, 3, **SAME)),
     "many_tiles_per_channel": Case(Macro(wl=2), Geometry(2, 3, **SAME)),
     "whole_kernels": Case(Macro(wl=20, pack="kernels"), Geometry(5, 4, **SAME)),
+    "spread": Case(Macro(pack="spread"), Geometry(4, 5, **SAME)),
+    "spread_short_last_tile": Case(Macro(wl=16, pack="spread", granularity="tile"), Geometry(5, 4, **SAME), pad=3, gains="wide"),
+    "spread_sliced_groups": Case(Macro(wl=5, pack="spread", dac_bits=2, cell_bits=1), Geometry(6, 4, (3, 2), (2, 1), (1, 0), (1, 2), groups=2), (7, 6), pad=5),
+    "spread_conv1d": Case(Macro(wl=6, pack="spread", levels="free"), Geometry(4, 3, (1, 3), padding=(0, 1), kind="conv1d"), (1, 9)),
+    "spread_offset": Case(Macro(pack="spread", sign_scheme="offset"), Geometry(3, 4, **SAME)),
+    "spread_linear": Case(Macro(wl=16, pack="spread"), Geometry(40, 7, kind="linear"), (1, 1)),
+    "spread_ideal": Case(Macro(adc_bits=None, pack="spread"), Geometry(3, 4, **SAME)),
     "one_tile": Case(Macro(wl=128), Geometry(6, 7, **SAME)),
     "one_row_per_read": Case(Macro(wl=1, w_bits=3, in_bits=3), Geometry(2, 3, (2, 2))),
     "split": Case(Macro(sign_scheme="split"), Geometry(3, 4, **SAME)),
@@ -223,7 +232,7 @@ def _random_case(rng: np.random.Generator) -> Case:
     kind = pick("uniform", "uniform", "uniform", "free", "ideal")
     in_bits, w_bits = int(rng.integers(1, 7)), int(rng.integers(2, 7))
     macro = Macro(
-        wl=int(rng.integers(1, 40)), in_bits=in_bits, w_bits=w_bits, sign_scheme=pick("signed", "split", "offset"), pack=pick("rows", "rows", "kernels"),
+        wl=int(rng.integers(1, 40)), in_bits=in_bits, w_bits=w_bits, sign_scheme=pick("signed", "split", "offset"), pack=pick("rows", "kernels", "spread"),
         adc_bits=None if kind == "ideal" else int(rng.integers(1, 9)), dac_bits=int(rng.integers(1, in_bits + 1)), cell_bits=int(rng.integers(1, w_bits)),
         granularity="layer" if kind == "free" else pick("layer", "column", "tile"), levels="free" if kind == "free" else "uniform",
     )  # fmt: skip

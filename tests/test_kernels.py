@@ -52,7 +52,7 @@ def random_macro(rng: np.random.Generator) -> Macro:
         scheme = pick(rng, "signed", "split", "offset")
         try:
             return Macro(
-                wl=int(rng.integers(1, 60)), adc_bits=int(rng.integers(1, 9)), in_bits=in_bits, w_bits=w_bits, sign_scheme=scheme, pack=pick(rng, "rows", "kernels"),
+                wl=int(rng.integers(1, 60)), adc_bits=int(rng.integers(1, 9)), in_bits=in_bits, w_bits=w_bits, sign_scheme=scheme, pack=pick(rng, "rows", "kernels", "spread"),
                 codebook=pick(rng, None, "sign-magnitude"), dac_bits=pick(rng, None, int(rng.integers(1, in_bits + 1))), cell_bits=pick(rng, None, int(rng.integers(1, w_bits))),
                 levels=levels, granularity="layer" if levels == "free" else pick(rng, "layer", "column", "tile"),
             )  # fmt: skip
@@ -97,7 +97,7 @@ def random_layer(seed: int) -> Layer:
     tables = {role: np.asarray(a).astype(np.int32) for role, a in random_tables(rng, plan).items()}
     spec = {"kind": "free"} if macro.levels == "free" else {"kind": "uniform", "shift": macro.shift, "top": macro.top}
     attrs = {"layer": "layer", "geometry": g.to_dict(), "pad": int(rng.integers(0, macro.q_x + 1)), "adc": spec}
-    consts = {"weight": weight, **tables}
+    consts = {"weight": weight, **tables} | ({"order": rng.permutation(g.rows).astype(np.int32)} if macro.pack == "spread" else {})
     tensors = {"x": Tensor("x", (g.channels, *size), 0, macro.q_x), "y": Tensor("y", (g.columns, *g.out_size(*size)), -plan.acc_bound, plan.acc_bound)}
     program = Program(macro, "x", "y", tensors, (Op("reads", "layer", ("x",), "y", attrs, {role: role for role in consts}),), consts)
     return Layer(program, rng.integers(0, macro.q_x + 1, (int(rng.integers(1, 5)), g.channels, *size)).astype(np.uint8))
@@ -218,6 +218,11 @@ class Adc(torch.autograd.Function):
         return gy * d_p, gy * d_step, gy * (d_p - 1), None, None, None, None, None
 
 
+def order_of(spec: ReadSpec) -> list[int]:
+    """The row at each place."""
+    return list(range(spec.geometry.rows) if spec.order is None else spec.order)
+
+
 def explicit_gradients(x, weight, spec: ReadSpec, gy, noise=0.0, slope_of=None):
     """(dx, dw, dstep [T, O], dzero [T, O]) in float64 by autograd through unfold, one tile and one group at a time.
 
@@ -227,14 +232,14 @@ def explicit_gradients(x, weight, spec: ReadSpec, gy, noise=0.0, slope_of=None):
     x, weight = (torch.from_numpy(np.asarray(a, np.float64)).requires_grad_() for a in (x, weight))
     rate, lo, hi = (torch.from_numpy(a.astype(np.float64)) for a in (spec.rate, spec.lo, spec.hi))
     step, zero = torch.ones_like(rate).requires_grad_(), torch.zeros_like(rate).requires_grad_()
-    out = []
+    order, out = order_of(spec), []
     for group in range(g.groups):
         channels = slice(group * g.channels // g.groups, (group + 1) * g.channels // g.groups)
         columns = slice(group * g.group_columns, (group + 1) * g.group_columns)
         rows = torch.nn.functional.unfold(x[:, channels], g.kernel, g.dilation, 0, g.stride)
         y = 0
         for t, (start, stop) in enumerate(spec.tiles):
-            p = torch.einsum("ok,nkl->nol", weight[columns, start:stop], rows[:, start:stop])
+            p = torch.einsum("ok,nkl->nol", weight[columns][:, order[start:stop]], rows[:, order[start:stop]])
             numbers = [a[t, columns].view(1, -1, 1) for a in (step, zero, rate, lo, hi)]
             slope = None if slope_of is None else slope_of(p.detach(), t)
             y = y + Adc.apply(p, *numbers, torch.as_tensor(noise if np.isscalar(noise) else noise[:, t, columns]), slope)
@@ -335,8 +340,8 @@ def drawn_codes(forward, case: Problem) -> np.ndarray:
 def partial_sums(case: Problem) -> np.ndarray:
     """int64 [N, T, O, L]."""
     g = case.spec.geometry
-    rows = golden.rows_of(case.x, g, 0).reshape(case.x.shape[0], g.groups, g.rows, -1)
-    w = case.w.reshape(g.groups, g.group_columns, -1)
+    rows = golden.rows_of(case.x, g, 0).reshape(case.x.shape[0], g.groups, g.rows, -1)[:, :, order_of(case.spec)]
+    w = case.w.reshape(g.groups, g.group_columns, -1)[:, :, order_of(case.spec)]
     tiles = [np.einsum("gok,ngkl->ngol", w[:, :, a:b], rows[:, :, a:b]).reshape(case.x.shape[0], g.columns, -1) for a, b in case.spec.tiles]
     return np.stack(tiles, 1)
 

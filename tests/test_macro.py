@@ -121,7 +121,7 @@ def test_the_digest_names_the_configuration():
         ({"range": "auto"}, "--range auto is not known; choose one of calibrated, fixed, full"),
         ({"levels": None}, "--levels None is not known; choose one of free, uniform"),
         ({"pack": "kernel"}, "--pack kernel is not known; did you mean 'kernels'?"),
-        ({"pack": "\x1b[2J"}, "--pack \\x1b[2J is not known; choose one of kernels, rows"),
+        ({"pack": "\x1b[2J"}, "--pack \\x1b[2J is not known; choose one of kernels, rows, spread"),
         ({"sign_scheme": ["signed"]}, "--sign-scheme ['signed'] is not known; did you mean 'signed'?"),
         ({"wl": 0}, "--wl must be a whole number from 1 to 4096, not 0"),
         ({"wl": 9.0}, "--wl must be a whole number from 1 to 4096, not 9.0"),

@@ -20,7 +20,7 @@ SIGN_SCHEMES = ("signed", "split", "offset")
 GRANULARITIES = ("layer", "column", "tile")
 RANGES = ("full", "calibrated", "fixed")
 LEVELS = ("uniform", "free")
-PACKS = ("rows", "kernels")
+PACKS = ("rows", "kernels", "spread")
 
 CHOICES = {
     "sign_scheme": SIGN_SCHEMES,
@@ -146,7 +146,7 @@ class Macro:
         reads = "ideal ADC" if self.ideal else f"{self.adc_bits}-bit ADC ({self.codebook}, {self.granularity}, {self.range})"
         extras = [f"{self.dac_bits}-bit DAC"] * (self.dac_bits < self.in_bits)
         extras += [f"{self.cell_bits}-bit cells"] * (self.cell_bits < self.magnitude_bits)
-        extras += ["free levels"] * (self.levels == "free") + ["whole kernels"] * (self.pack == "kernels")
+        extras += ["free levels"] * (self.levels == "free") + ["whole kernels"] * (self.pack == "kernels") + ["rows spread"] * (self.pack == "spread")
         parts = [f"{self.wl} wordlines", f"{self.io} I/O", reads, f"{self.in_bits}-bit inputs", f"{self.w_bits}-bit weights", self.sign_scheme]
         return ", ".join(parts + extras)
 

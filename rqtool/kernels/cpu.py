@@ -251,7 +251,7 @@ class Prepared:
 
     def __init__(self, weight: np.ndarray, spec: ReadSpec, table: str = "value", *, dot8: bool = True) -> None:
         g = spec.geometry
-        self.spec, self.layout = spec, layout_of(g.group_columns, spec.tiles)
+        self.spec, self.layout = spec, layout_of(g.group_columns, spec.tiles, spec.order)
         self.dot8 = dot8 and DOT8 and int(np.abs(weight).max(initial=0)) <= MOST8
         self.tiles = np.column_stack([self.layout.words, [stop - start for start, stop in spec.tiles]])
         self.w = packed(weight, spec, self.layout.dot8, np.int8) if self.dot8 else packed(weight, spec, self.layout.plain, np.float32)
@@ -281,7 +281,7 @@ class _Input:
         self.inner = self.whole[:, :, down : down + x.shape[2], right : right + x.shape[3]]
         self.out = replace(g, padding=(0, 0)).out_size(*shape[2:])
         self.shape = (*self.out, *g.stride, image, shape[3])
-        self.offsets = offsets_of(g, spec.tiles, *shape[2:])
+        self.offsets = offsets_of(g, spec.tiles, spec.order, *shape[2:])
         self.group_size = image // g.groups
 
     def fill(self, images: tuple[int, int]) -> None:

@@ -35,18 +35,19 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def layout_of(columns: int, tiles: tuple[tuple[int, int], ...]) -> Layout:
-    """The layout of a group with so many columns and these (start, stop) tiles."""
+def layout_of(columns: int, tiles: tuple[tuple[int, int], ...], order: tuple[int, ...] | None = None) -> Layout:
+    """The layout of a group with so many columns, these (start, stop) tiles and the rows in this order, as in `Plan`."""
     k_rows, padded = tiles[-1][1], -(-columns // STRIP) * STRIP
     index = np.full((padded, k_rows + 1), columns * k_rows)
-    index[:columns, :k_rows] = np.arange(columns * k_rows).reshape(columns, k_rows)
+    row_at = np.arange(k_rows) if order is None else np.array(order)
+    index[:columns, :k_rows] = np.arange(columns * k_rows).reshape(columns, k_rows)[:, row_at]
     words, rows, dot8, plain, back, steps, dw = [], [], [], [], [], [], np.zeros((padded, k_rows), np.int64)
     at_word = at_back = at_dw = 0
     for t, (start, stop) in enumerate(tiles):
         n_words = -(-(stop - start) // WORD)
         bytes_of = np.concatenate([np.arange(start, stop), np.full(n_words * WORD - (stop - start), k_rows)])
         words.append((at_word, n_words))
-        rows.append(np.minimum(bytes_of, stop - 1))
+        rows.append(row_at[np.minimum(bytes_of, stop - 1)])
         dot8.append(index[:, bytes_of].reshape(-1, STRIP, n_words, WORD).transpose(0, 2, 1, 3).ravel())
         plain.append(index[:, start:stop].reshape(-1, STRIP, stop - start).transpose(0, 2, 1).ravel())
         row = start
@@ -58,7 +59,7 @@ def layout_of(columns: int, tiles: tuple[tuple[int, int], ...]) -> Layout:
             back.append(index[:, of_step].ravel())
             lanes = -(-n * wide // LANES) * LANES
             place = at_dw + np.arange(padded)[:, None] // wide * lanes + np.arange(padded)[:, None] % wide * n + np.arange(n)[None]
-            dw[:, row : min(row + n, stop)] = place[:, : min(n, stop - row)]
+            dw[:, row_at[row : min(row + n, stop)]] = place[:, : min(n, stop - row)]
             at_back, at_dw, row = at_back + padded * n, at_dw + padded // wide * lanes, row + n
         at_word += n_words
     rows = np.concatenate(rows)
@@ -67,10 +68,10 @@ def layout_of(columns: int, tiles: tuple[tuple[int, int], ...]) -> Layout:
 
 
 @lru_cache(maxsize=256)
-def offsets_of(geometry: Geometry, tiles: tuple[tuple[int, int], ...], height: int, width: int) -> np.ndarray:
+def offsets_of(geometry: Geometry, tiles: tuple[tuple[int, int], ...], order: tuple[int, ...] | None, height: int, width: int) -> np.ndarray:
     """int64 [4 * words]: where the row of each byte starts in an image of the padded [C, height, width], counted from the group's first channel."""
     (kh, kw), (dh, dw) = geometry.kernel, geometry.dilation
-    channel, place = np.divmod(layout_of(geometry.group_columns, tiles).rows, kh * kw)
+    channel, place = np.divmod(layout_of(geometry.group_columns, tiles, order).rows, kh * kw)
     return channel * height * width + place // kw * dh * width + place % kw * dw
 
 

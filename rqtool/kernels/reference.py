@@ -22,7 +22,17 @@ def _columns(x: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
     """[N, groups, T, longest tile, L] from the padded x [N, C, H, W]; a short tile ends in zeros."""
     g = spec.geometry
     rows = F.unfold(x, g.kernel, g.dilation, 0, g.stride).view(x.shape[0], g.groups, g.rows, -1)
-    return _tiled(rows, spec, dim=2)
+    return _tiled(_placed(rows, spec, dim=2), spec, dim=2)
+
+
+def _placed(rows: torch.Tensor, spec: ReadSpec, dim: int) -> torch.Tensor:
+    """Axis `dim` of length K with the row of each place in its place."""
+    return rows if spec.order is None else rows.index_select(dim, torch.tensor(spec.order, device=rows.device))
+
+
+def _unplaced(rows: torch.Tensor, spec: ReadSpec, dim: int) -> torch.Tensor:
+    """The way back."""
+    return rows if spec.order is None else torch.empty_like(rows).index_copy_(dim, torch.tensor(spec.order, device=rows.device), rows)
 
 
 def _tiled(rows: torch.Tensor, spec: ReadSpec, dim: int) -> torch.Tensor:
@@ -39,7 +49,7 @@ class _Reads:
     def __init__(self, weight: torch.Tensor, spec: ReadSpec, dtype: torch.dtype) -> None:
         g = spec.geometry
         self.spec, self.geometry = spec, g
-        self.weight = _tiled(weight.to(dtype).view(g.groups, g.group_columns, g.rows), spec, dim=2).transpose(1, 2)  # [G, T, Og, wl]
+        self.weight = _tiled(_placed(weight.to(dtype).view(g.groups, g.group_columns, g.rows), spec, dim=2), spec, dim=2).transpose(1, 2)  # [G, T, Og, wl]
 
     def per_read(self, table, device, dtype) -> torch.Tensor:
         """[T, O] as [groups, T, columns of a group, 1], beside partial sums [n, groups, T, columns of a group, L]."""
@@ -61,7 +71,7 @@ class _Tiles:
     def __init__(self, weight: torch.Tensor, spec: ReadSpec, like: torch.Tensor) -> None:
         g = spec.geometry
         self.spec, self.geometry, self.like = spec, g, like
-        weight = weight.to(like.dtype).view(g.groups, g.group_columns, g.rows)
+        weight = _placed(weight.to(like.dtype).view(g.groups, g.group_columns, g.rows), spec, dim=2)
         self.half = like.new_tensor(0.5)
         self.weights = [weight[:, :, a:b].contiguous() for a, b in spec.tiles]
         self.rate, self.lo, self.hi, self.gain = (self._of_tiles(a) for a in (spec.rate, spec.lo, spec.hi, spec.gain))
@@ -72,10 +82,10 @@ class _Tiles:
         return [float(row.flat[0]) if (row == row.flat[0]).all() else torch.as_tensor(row, device=self.like.device).to(self.like.dtype) for row in rows]
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """[groups, K, n * L] of a chunk of images."""
+        """[groups, K, n * L] of a chunk of images, a row at each place."""
         g = self.geometry
         rows = F.unfold(x, g.kernel, g.dilation, 0, g.stride).view(x.shape[0], g.groups, g.rows, -1)
-        return rows.permute(1, 2, 0, 3).reshape(g.groups, g.rows, -1)
+        return _placed(rows.permute(1, 2, 0, 3).reshape(g.groups, g.rows, -1), self.spec, dim=1)
 
     def partial_sums(self, rows: torch.Tensor, t: int, out: torch.Tensor | None = None) -> torch.Tensor:
         start, stop = self.spec.tiles[t]
@@ -173,9 +183,9 @@ def backward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Te
             d = grad * slope
             dw[:, :, start:stop] += d @ rows[:, start:stop].transpose(1, 2)
             drows[:, start:stop] = tiles.weights[t].transpose(1, 2) @ d
-        drows = drows.unflatten(2, (len(part), -1)).permute(2, 0, 1, 3).flatten(1, 2)
+        drows = _unplaced(drows, spec, dim=1).unflatten(2, (len(part), -1)).permute(2, 0, 1, 3).flatten(1, 2)
         dx.append(F.fold(drows, part.shape[2:], g.kernel, g.dilation, 0, g.stride))
-    return torch.cat(dx), dw.reshape(g.columns, g.rows), dstep, dzero
+    return torch.cat(dx), _unplaced(dw, spec, dim=2).reshape(g.columns, g.rows), dstep, dzero
 
 
 def table_gradient(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ class Noise:
 @dataclass(frozen=True)
 class ReadSpec:
     """One pair of planes of one layer. rate, lo, hi, gain: float32 [T, O] (gain 1 unless tiles have their own step);
-    p_peak: no partial sum is larger."""
+    p_peak: no partial sum is larger. order: as in `Plan`."""
 
     geometry: Geometry
     tiles: tuple[tuple[int, int], ...]
@@ -50,6 +50,7 @@ class ReadSpec:
     p_peak: int
     tables: Tables | None = None
     noise: Noise | None = None
+    order: tuple[int, ...] | None = None
 
 
 def over_reads(table: np.ndarray, plan: Plan) -> np.ndarray:
@@ -64,7 +65,7 @@ def make_spec(plan: Plan, mult: np.ndarray, zero: np.ndarray, gain: np.ndarray, 
     zero = np.asarray(zero)
     arrays = (over_reads(a, plan) for a in (rate, -zero, plan.macro.top - zero, gain))
     p_peak = max(-plan.macro.p_min, plan.macro.p_max)
-    return ReadSpec(plan.geometry, plan.tiles, *arrays, p_peak, tables=tables, noise=noise)
+    return ReadSpec(plan.geometry, plan.tiles, *arrays, p_peak, tables=tables, noise=noise, order=plan.order)
 
 
 def free_level_spec(plan: Plan, thresholds: np.ndarray, levels: np.ndarray) -> ReadSpec:

@@ -67,7 +67,8 @@ class Geometry:
 class Plan:
     """The reads of one layer on one macro.
 
-    tiles: (start, stop) rows of each tile of a group; every group has the same ones.
+    tiles: (start, stop) places of each tile of a group; every group has the same ones. order: the row at each place, where calibration
+    chose (`--pack spread`); None: rows in order, the place is the row.
 
     >>> plan = Plan.make("conv", Geometry(64, 64, (3, 3), padding=(1, 1)), Macro(wl=128))
     >>> plan.tiles[:2], len(plan.tiles), plan.reads_per_mac
@@ -80,11 +81,12 @@ class Plan:
     tiles: tuple[tuple[int, int], ...]
     input_planes: tuple[Plane, ...]
     weight_planes: tuple[Plane, ...]
+    order: tuple[int, ...] | None = None
 
     @staticmethod
-    def make(name: str, geometry: Geometry, macro: Macro) -> Plan:
+    def make(name: str, geometry: Geometry, macro: Macro, order: tuple[int, ...] | None = None) -> Plan:
         """The plan of a layer; raises ConfigError where the macro cannot hold it."""
-        plan = Plan(name, geometry, macro, _tiles(name, geometry, macro), input_planes(macro), weight_planes(macro))
+        plan = Plan(name, geometry, macro, _tiles(name, geometry, macro), input_planes(macro), weight_planes(macro), order)
         if plan.acc_bound >= 1 << 31:
             raise ConfigError(f"{name}: the accumulator can reach {plan.acc_bound}, beyond 32 bits; lower --in-bits, --w-bits or --adc-bits")
         return plan
@@ -152,7 +154,7 @@ class Plan:
 
 def _tiles(name: str, geometry: Geometry, macro: Macro) -> tuple[tuple[int, int], ...]:
     kernel_rows = prod(geometry.kernel)
-    size = macro.wl if macro.pack == "rows" else macro.wl // kernel_rows * kernel_rows
+    size = macro.wl if macro.pack != "kernels" else macro.wl // kernel_rows * kernel_rows
     if size == 0:
         raise ConfigError(
             f"{name}: --pack kernels needs a whole kernel of {kernel_rows} rows in a read, but only {macro.wl} wordlines are on; "

@@ -47,6 +47,8 @@ def each_read(program: Program, op: Op, x: np.ndarray) -> Iterator[Read]:
     g = plan.geometry
     rows = rows_of(x, g, op.attrs["pad"])
     weight = program.const(op, "weight").astype(np.int64).reshape(g.groups, g.group_columns, g.rows)
+    if plan.order is not None:
+        rows, weight = rows[:, :, list(plan.order)], weight[:, :, list(plan.order)]
     for t, (start, stop) in enumerate(plan.tiles):
         for i, a in enumerate(plan.input_planes):
             for j, b in enumerate(plan.weight_planes):

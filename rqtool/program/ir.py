@@ -104,7 +104,8 @@ class Program:
 
     def plan(self, op: Op) -> Plan:
         """The plan of a reads operation."""
-        return Plan.make(op.attrs["layer"], Geometry.from_dict(op.attrs["geometry"]), self.macro)
+        order = tuple(self.const(op, "order").tolist()) if self.macro.pack == "spread" else None
+        return Plan.make(op.attrs["layer"], Geometry.from_dict(op.attrs["geometry"]), self.macro, order)
 
     def reads(self) -> tuple[Op, ...]:
         """The operations that use the macro, in order."""

@@ -92,6 +92,9 @@ def _reads(p: Program, op: Op, x: Tensor) -> Made:
     need(weight.size and int(np.abs(weight.astype(np.int64)).max()) <= p.macro.q_w, f"its weights pass {p.macro.q_w}")
     plan = Plan.make(str(op.attrs["layer"]), g, p.macro)
     ADCS[_kind(p.macro)](p, op, plan)
+    if p.macro.pack == "spread":
+        order = p.const(op, "order")
+        need(order.shape == (g.rows,) and np.array_equal(np.sort(order), np.arange(g.rows)), "its order is not one of its rows")
     return (g.columns, *size), -plan.acc_bound, plan.acc_bound
 
 

@@ -19,6 +19,7 @@ from rqtool.train.histogram import partial_sum_histogram
 from rqtool.train.layers import ReadLayer, level_units
 from rqtool.train.reads import pad_codes
 from rqtool.train.rewrite import read_layers
+from rqtool.train.spread import spread_order
 
 STEPS = 120  # candidate steps, geometric
 CALIBRATIONS = ("error", "peak", "percentile")
@@ -141,7 +142,10 @@ def _calibrate_layer(layer: ReadLayer, x: torch.Tensor, scales: bool, policy: st
         layer.weights.calibrate(layer.weight.reshape(layer.plan.geometry.columns, -1))
     if not layer.plan.macro.ideal:
         codes = pad_codes(layer.input(x), layer.plan.geometry.padding, int(layer.input.zero))
-        set_adc(layer, partial_sum_histogram(codes, layer.weight_codes(), layer.plan), policy)
+        weight = layer.weight_codes()
+        if layer.plan.macro.pack == "spread":
+            layer.set_order(spread_order(codes, weight, layer.plan))
+        set_adc(layer, partial_sum_histogram(codes, weight, layer.plan), policy)
 
 
 @torch.no_grad()

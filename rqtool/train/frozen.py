@@ -23,6 +23,8 @@ def frozen_layer(layer: ReadLayer) -> Frozen:
     g, macro = layer.plan.geometry, layer.plan.macro
     weight = layer.weight_codes().to(torch.int8).view(g.columns, g.channels // g.groups, *g.kernel).numpy()
     adc, consts, unit = _adc(layer, macro)
+    if macro.pack == "spread":
+        consts["order"] = layer.order.numpy().astype(np.int32)
     bias = np.zeros(g.columns) if layer.bias is None else layer.bias.double().numpy()
     return Frozen(weight, int(layer.input.zero), float(layer.input.scale), layer.weights.scale.double().numpy(), unit, bias, adc, consts)
 

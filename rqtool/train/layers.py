@@ -7,7 +7,7 @@ The forward pass uses the very integers that freezing writes down: whole-number 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import floor, log2
 
@@ -92,6 +92,8 @@ class ReadLayer(nn.Module):
         macro, g = plan.macro, plan.geometry
         self.input = InputQuantizer(macro.in_bits)
         self.weights = WeightQuantizer(macro.q_w, g.columns)
+        if macro.pack == "spread":
+            self.register_buffer("order", torch.arange(g.rows))
         if not macro.ideal:
             self.log_step = nn.Parameter(torch.zeros(group_shape(plan), dtype=torch.float64), requires_grad=macro.range == "calibrated" and macro.levels == "uniform")
             self.register_buffer("zero", torch.full(group_shape(plan), macro.zero, dtype=torch.int64))
@@ -116,6 +118,8 @@ class ReadLayer(nn.Module):
             self.set_levels(state_dict[prefix + "thresholds"], state_dict[prefix + "levels"])
             state_dict |= {prefix + name: getattr(self, name).detach().clone() for name in ("zero", "real_zero", "log_gaps")}
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "order" in state_dict:
+            self.set_order(state_dict[prefix + "order"])
 
     # -- numbers -----------------------------------------------------------------------------------------------------
     def weight_codes(self) -> torch.Tensor:
@@ -129,6 +133,12 @@ class ReadLayer(nn.Module):
         """Whether the code of p = 0 is anyone's choice: in a fixed range or another code book it is not."""
         macro = self.plan.macro
         return macro.codebook == "twos" and macro.range == "calibrated" and macro.levels == "uniform" and not macro.ideal
+
+    @torch.no_grad()
+    def set_order(self, order: Sequence[int]) -> None:
+        """Put row order[k] of each group at place k of its tiles."""
+        self.order.copy_(torch.as_tensor(order))
+        self.plan = replace(self.plan, order=tuple(self.order.tolist()))
 
     @torch.no_grad()
     def set_zero(self, zero: np.ndarray | int) -> None:
