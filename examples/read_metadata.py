@@ -46,12 +46,14 @@ def patches(layer: dict, codes: np.ndarray) -> np.ndarray:
 def reads(layer: dict, constants: dict[str, np.ndarray], codes: np.ndarray) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
     """(entry, partial sums, ADC codes) of every read; the arrays are int64 [N, columns, H_out, W_out]."""
     g, weight, steps = layer["geometry"], layer["weight"], layer["input"]["planes"]
-    kernel = g["kernel"][0] * g["kernel"][1]
+    taken = layer["rows"]["taken"]  # the row at each place, where rows are not in order; then each place counts as a channel
+    kernel = g["kernel"][0] * g["kernel"][1] if taken is None else 1
     columns = layer["columns"] // g["groups"]
     cells = constants[weight["tensor"]].astype(np.int64) - weight["zero_point"]
     cells = cells.reshape(g["groups"], len(weight["first_channel"]), len(weight["planes"]["factor"]), columns, weight["span"] * kernel)
     rows = patches(layer, codes)
     rows = rows.reshape(*rows.shape[:2], -1, *rows.shape[-2:])  # [N, groups, K, H_out, W_out]
+    rows = rows if taken is None else rows[:, :, taken]
     names = list(layer["reads"])
     for values in zip(*layer["reads"].values()):
         entry = dict(zip(names, values))

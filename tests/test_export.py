@@ -438,6 +438,31 @@ def test_a_changed_document_is_refused(change: Any, sentence: str) -> None:
     assert str(e.value) == sentence + TAIL
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda d: d["layers"][0]["rows"]["taken"].__setitem__(0, 36), "layer0: its rows are not each of 36 once"),
+        (lambda d: d["layers"][0]["rows"]["taken"].reverse(), "layer0: the channels that its graph gathers are not those of the metadata"),
+        (lambda d: d["layers"][0]["weight"]["first_channel"].__setitem__(3, 28), "layer0: a tile begins at channel 28 of its group, but the last one that can is 27"),
+        (lambda d: d["layers"][0]["rows"].update(taken=None), "layer0: the shape of the cells is [20, 9, 3, 3] in the metadata, but [20, 9, 1, 1] in the graph"),
+    ],
+)
+def test_a_changed_order_of_the_rows_is_refused(change: Any, sentence: str) -> None:
+    with pytest.raises(CheckError) as e:
+        validate(changed(no_copies, layer_program(CASES["spread"]), doc_change=change))
+    assert str(e.value) == sentence + TAIL
+
+
+def test_the_document_of_rows_that_are_spread() -> None:
+    program = layer_program(CASES["spread"])
+    layer = metadata.read(to_onnx(program))["layers"][0]
+    order = program.constants["reads0.order"].tolist()
+    assert layer["rows"]["taken"] == order and order != sorted(order)
+    assert layer["weight"]["layout"] == ["group", "tile", "plane", "column", "place"] and layer["weight"]["first_channel"] == [0, 9, 18, 27]
+    cells, weight = metadata.constants_of(to_onnx(program))["reads0/cells"], program.constants["reads0.weight"].reshape(5, 36)
+    assert np.array_equal(cells.reshape(4, 5, 9), weight[:, order].reshape(5, 4, 9).swapaxes(0, 1))
+
+
 def test_constants_that_agree_with_their_hash_but_not_with_the_thresholds() -> None:
     model = to_onnx(layer_program(CASES["kernel_per_read"]))
     doc = metadata.read(model)
@@ -566,7 +591,7 @@ def test_compare_says_where() -> None:
         compare("a", np.array([1]), np.array([1, 2]))
 
 
-@pytest.mark.parametrize("case", ["serial_and_sliced", "free_levels", "ideal", "groups_uneven", "padded_serial"])
+@pytest.mark.parametrize("case", ["serial_and_sliced", "free_levels", "ideal", "groups_uneven", "padded_serial", "spread_sliced_groups"])
 def test_a_file_is_verified_without_its_program(case: str) -> None:
     program = layer_program(CASES[case])
     assert verify_file(to_onnx(program), images=2) == 2 * 2 * np.prod(program.tensors[program.output].shape)
@@ -602,7 +627,7 @@ def words(path: Path, bits: int, signed: bool) -> np.ndarray:
     return np.array([v - (1 << bits) if signed and v >> (bits - 1) else v for v in values])
 
 
-@pytest.mark.parametrize("case", ["serial_and_sliced", "ideal", "tile_zeros", "eight_bits_offset", "groups"])
+@pytest.mark.parametrize("case", ["serial_and_sliced", "ideal", "tile_zeros", "eight_bits_offset", "groups", "spread_short_last_tile"])
 def test_vectors_are_the_golden_reads_in_both_forms(case: str, tmp_path: Path) -> None:
     program = layer_program(CASES[case])
     x = images(program, 2)

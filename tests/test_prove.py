@@ -88,6 +88,18 @@ def refused(program: Program, name: str, array: np.ndarray) -> bool:
     return False
 
 
+@pytest.mark.parametrize("order", [np.zeros(36, np.int32), np.arange(35, dtype=np.int32), np.arange(1, 37, dtype=np.int32)])
+def test_an_order_takes_each_row_once(order: np.ndarray) -> None:
+    program = layer_program(CASES["spread"])
+    program.constants["reads0.order"] = order
+    with pytest.raises(InputError) as e:
+        prove(program)
+    assert str(e.value) == "the integer program is broken at 'reads0': its order is not one of its rows; make the file again"
+    del program.ops[0].consts["order"]
+    with pytest.raises(InputError, match="^the integer program is broken at 'reads0': it has no constant for order; make the file again$"):
+        prove(program)
+
+
 def test_the_sentence() -> None:
     data = copy.deepcopy(DATA[2])
     reads = next(op for op in data["ops"] if op["kind"] == "reads")

@@ -53,7 +53,7 @@ class ReadsBody:
 
     @property
     def _pads_code(self) -> bool:
-        return self.layout.op.attrs["pad"] != 0 and any(self.layout.geometry.padding)
+        return (self.layout.op.attrs["pad"] != 0 or self.layout.ordered) and any(self.layout.geometry.padding)
 
     def input(self, name: str, array: np.ndarray) -> str:
         """Declare an input of the function and give it this layer's constant."""
@@ -78,9 +78,21 @@ class ReadsBody:
         return self.body.node("Pad", x, pads, self.body.attribute("pad_code", TensorProto.UINT8), out="padded")
 
     def _gathered(self, x: str) -> str:
+        x = self._taps(x) if self.layout.ordered else x
         if not self.layout.gathers:
             return x
         return self.body.node("Gather", x, self.input("channels", self.layout.channels), axis=1, out="tile_channels")
+
+    def _taps(self, x: str) -> str:
+        """The padded input once for each tap of the kernel, as its positions see it: uint8 [N, kh * kw * C, H_out, W_out]."""
+        b, g, out = self.body, self.layout.geometry, self.layout.program.tensors[self.layout.op.output].shape[1:]
+        if g.kernel == g.stride == (1, 1):
+            return x
+        axes, steps = b.const([2, 3], np.int64), b.shape("strides")
+        starts = [(y * g.dilation[0], z * g.dilation[1]) for y in range(g.kernel[0]) for z in range(g.kernel[1])]
+        ends = [[at + (n - 1) * step + 1 for at, n, step in zip(start, out, g.stride)] for start in starts]
+        taps = [b.node("Slice", x, b.const(start, np.int64), b.const(end, np.int64), axes, steps, out="tap") for start, end in zip(starts, ends)]
+        return b.node("Concat", *taps, axis=1, out="taps")
 
     def _plane(self, x: str, plane: Plane) -> str:
         """The bits of one input plane, uint8."""
@@ -154,7 +166,7 @@ class ReadsBody:
     # -- constants of the layer, each written where it is first used ---------------------------------------------------
     @cached_property
     def _conv_attributes(self) -> dict[str, Ref]:
-        names = CONV_ATTRIBUTES if self._pads_code else ("pads", *CONV_ATTRIBUTES)
+        names = ("group",) if self.layout.ordered else CONV_ATTRIBUTES if self._pads_code else ("pads", *CONV_ATTRIBUTES)
         return {name: Ref(name, AttributeProto.INT if name == "group" else AttributeProto.INTS) for name in names}
 
     @cached_property

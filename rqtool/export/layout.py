@@ -4,11 +4,13 @@
     channels    each tile takes `span` neighbouring channels of its group; cells of rows outside the tile hold 0
     cells       [R, span, kh, kw]: the weights as the macro holds them, one plane of one tile of one column per entry
 
-One grouped convolution (group = groups x tiles) over the gathered channels then gives every partial sum of an input plane.
+One grouped convolution (group = groups x tiles) over the gathered channels then gives every partial sum of an input plane. Where rows are
+taken in an order of their own, each place counts as a channel with a 1x1 kernel, and the gathered channels are the taps of the input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -63,35 +65,46 @@ class Layout:
         """R, reads per position and input plane."""
         return self.plan.tile_count * self.planes * self.geometry.group_columns
 
+    @property
+    def ordered(self) -> bool:
+        """Whether rows are taken in an order of their own."""
+        return self.plan.order is not None
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """The kernel of the convolution that reads the gathered channels."""
+        return (1, 1) if self.ordered else self.geometry.kernel
+
     @cached_property
     def span(self) -> int:
         """Channels that the widest tile touches."""
-        taps = prod(self.geometry.kernel)
+        taps = prod(self.kernel)
         return max((stop - 1) // taps - start // taps + 1 for start, stop in self.plan.tiles)
 
     @cached_property
     def first_channel(self) -> tuple[int, ...]:
         """The first of the `span` channels of each tile, counted within the group."""
-        last_start = self.geometry.channels // self.geometry.groups - self.span
-        return tuple(min(start // prod(self.geometry.kernel), last_start) for start, _ in self.plan.tiles)
+        taps = prod(self.kernel)
+        return tuple(min(start // taps, self.geometry.rows // taps - self.span) for start, _ in self.plan.tiles)
 
     @cached_property
     def channels(self) -> np.ndarray:
-        """int64 [groups * tiles * span]: the input channels in the order in which the convolution takes them."""
-        groups = np.arange(self.geometry.groups)[:, None, None] * (self.geometry.channels // self.geometry.groups)
-        return (groups + np.array(self.first_channel)[None, :, None] + np.arange(self.span)).reshape(-1)
+        """int64 [groups * tiles * span]: what the convolution takes, see `gathered`."""
+        return gathered(self.geometry, self.first_channel, self.span, self.plan.order)
 
     @cached_property
     def gathers(self) -> bool:
         """Whether the channels must be reordered or repeated; not when tiles and channels coincide."""
-        return not np.array_equal(self.channels, np.arange(self.geometry.channels))
+        return not np.array_equal(self.channels, np.arange(self.geometry.channels * prod(self.geometry.kernel) // prod(self.kernel)))
 
     # -- cells -------------------------------------------------------------------------------------------------------
     @cached_property
     def values(self) -> np.ndarray:
         """int16 [R, span, kh, kw]: what each cell contributes per input code."""
-        g, (kh, kw) = self.geometry, self.geometry.kernel
+        g, (kh, kw) = self.geometry, self.kernel
         weight = self.program.const(self.op, "weight").astype(np.int16).reshape(g.groups, g.group_columns, g.rows)
+        if self.ordered:
+            weight = weight[:, :, list(self.plan.order)]
         values = np.zeros((g.groups, self.tiles, self.planes, g.group_columns, self.span * kh * kw), np.int16)
         for t, (start, stop) in enumerate(self.plan.tiles):
             at = start - self.first_channel[t] * kh * kw
@@ -158,6 +171,20 @@ class Layout:
         peak, top = max(abs(p) for p in self.p_range), self.spec["top"]
         exact = adc.float32_exact(peak, self.spec["shift"], top.bit_length()) and top <= 255
         return exact and not differing_codes(self.steps, self.p_range, self.spec["shift"], top)
+
+
+def gathered(geometry: Geometry, first_channel: Sequence[int], span: int, order: Sequence[int] | None) -> np.ndarray:
+    """int64 [groups * tiles * span]: the input channels in the order in which the convolution takes them; with an `order` of the rows,
+    the index (tap, channel) of what each place takes, where taps are counted (ky, kx).
+
+    >>> gathered(Geometry(2, 1, (1, 2)), [0, 2], 2, None), gathered(Geometry(2, 1, (1, 2)), [0, 2], 2, [0, 3, 2, 1])
+    (array([0, 1, 2, 3]), array([0, 3, 1, 2]))
+    """
+    taken, group = np.array(first_channel)[:, None] + np.arange(span), geometry.channels // geometry.groups
+    if order is not None:
+        channel, tap = np.divmod(np.array(order), prod(geometry.kernel))
+        taken = (tap * geometry.channels + channel)[taken]
+    return (np.arange(geometry.groups)[:, None, None] * group + taken).reshape(-1)
 
 
 def by_read(table: np.ndarray, groups: int, tiles: int, planes: int, columns: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from rqtool.program.ir import Op, Program, Tensor
 
 ROW_ORDER = ["channel", "ky", "kx"]
 CELL_LAYOUT = ["group", "tile", "plane", "column", *ROW_ORDER]
+PLACE_LAYOUT = [*CELL_LAYOUT[:4], "place"]
 
 
 def sha256(array: np.ndarray) -> str:
@@ -64,7 +65,7 @@ def _layer(layout: Layout, form: str) -> dict[str, Any]:
         "kind": g.kind,
         "body": form,
         "geometry": g.to_dict(),
-        "rows": {"order": ROW_ORDER, "count": g.rows, "wordlines": macro.wl},
+        "rows": {"order": ROW_ORDER, "count": g.rows, "wordlines": macro.wl, "taken": layout.plan.order and list(layout.plan.order)},
         "columns": g.columns,
         "io": macro.io,
         "io_ranges": [[c, min(c + macro.io, g.group_columns)] for c in starts],
@@ -87,7 +88,7 @@ def _weight(layout: Layout) -> dict[str, Any]:
     macro, planes = layout.program.macro, layout.plan.weight_planes
     columns = {key: [getattr(p, key) for p in planes] for key in ("factor", "shift", "bits", "part")}
     return {
-        "tensor": f"{layout.op.name}/cells", "layout": CELL_LAYOUT, "bits": macro.w_bits, "sign_scheme": macro.sign_scheme, "cell_bits": macro.cell_bits,
+        "tensor": f"{layout.op.name}/cells", "layout": PLACE_LAYOUT if layout.ordered else CELL_LAYOUT, "bits": macro.w_bits, "sign_scheme": macro.sign_scheme, "cell_bits": macro.cell_bits,
         "offset": macro.weight_offset, "zero_point": layout.cell_zero or 0, "span": layout.span, "first_channel": list(layout.first_channel),
         "planes": columns, "sha256": sha256(layout.cells),
     }  # fmt: skip

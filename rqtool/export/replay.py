@@ -48,19 +48,21 @@ def accumulators(layer: dict[str, Any], tensors: dict[str, np.ndarray], x: np.nd
 
 
 def _taps(layer: dict[str, Any], x: np.ndarray) -> np.ndarray:
-    """int64 [groups, rows, N, H_out, W_out]: the code on each wordline."""
+    """int64 [groups, places, N, H_out, W_out]: the code on each wordline."""
     g = layer["geometry"]
     (ph, pw), (sh, sw), (dh, dw), (kh, kw) = g["padding"], g["stride"], g["dilation"], g["kernel"]
     x = np.pad(x.astype(np.int64), ((0, 0), (0, 0), (ph, ph), (pw, pw)), constant_values=layer["input"]["zero"])
     ho, wo = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
     shifted = [x[:, :, y * dh : y * dh + (ho - 1) * sh + 1 : sh, z * dw : z * dw + (wo - 1) * sw + 1 : sw] for y in range(kh) for z in range(kw)]
-    return np.stack(shifted, 2).reshape(x.shape[0], g["groups"], -1, ho, wo).transpose(1, 2, 0, 3, 4)
+    rows = np.stack(shifted, 2).reshape(x.shape[0], g["groups"], -1, ho, wo).transpose(1, 2, 0, 3, 4)
+    taken = layer["rows"]["taken"]
+    return rows if taken is None else rows[:, taken]
 
 
 def _cells(layer: dict[str, Any], tensors: dict[str, np.ndarray], tile: int, plane: int, group: int, rows: tuple[int, int]) -> np.ndarray:
     """int64 [columns of a group, rows of the tile]: the cells of one plane of one tile."""
     weight, g = layer["weight"], layer["geometry"]
-    taps = g["kernel"][0] * g["kernel"][1]
+    taps = g["kernel"][0] * g["kernel"][1] if layer["rows"]["taken"] is None else 1
     columns, tiles, planes = layer["columns"] // g["groups"], len(weight["first_channel"]), len(weight["planes"]["factor"])
     first = ((group * tiles + tile) * planes + plane) * columns
     held = tensors[weight["tensor"]][first : first + columns].astype(np.int64).reshape(columns, -1) - weight["zero_point"]

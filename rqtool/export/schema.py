@@ -71,7 +71,7 @@ ACC = _record(tensor=TEXT, bits=POSITIVE, bound=NATURAL, scale=_maybe(_list({"ty
 REQUANT = _record(node=TEXT, shift=NATURAL, lo=INTEGER, hi=INTEGER, add=TEXT, mult=_list(TEXT), inputs=_list(TEXT), output=TEXT)
 LAYER = _record(
     layer=TEXT, node=TEXT, kind={"type": "string", "enum": ["conv1d", "conv2d", "linear"]}, body={"type": "string", "enum": ["qlinear", "explicit"]},
-    geometry=GEOMETRY, rows=_record(order=_list(TEXT), count=POSITIVE, wordlines=POSITIVE), columns=POSITIVE, io=POSITIVE, io_ranges=_list(PAIR, minItems=1),
+    geometry=GEOMETRY, rows=_record(order=_list(TEXT), count=POSITIVE, wordlines=POSITIVE, taken=_maybe(_list(NATURAL))), columns=POSITIVE, io=POSITIVE, io_ranges=_list(PAIR, minItems=1),
     input=INPUT, weight=WEIGHT, adc=ADC, reads=READS, acc=ACC, requant=_list(REQUANT),
 )  # fmt: skip
 DOCUMENT = _record(

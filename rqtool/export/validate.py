@@ -1,13 +1,14 @@
 """Own checks of a file that rqtool wrote: the ONNX checker does not notice a missing function attribute, nor a changed weight.
 
     graph        checker, strict shape inference, every ai.rqtool node has its function, inputs and attributes
-    document     schema, sha256 of every initializer, one layer per reads node
+    document     schema, sha256 of every initializer, one layer per reads node, the rows that its graph gathers
     ADC          thresholds follow from mult, shift and zero; the tensors that the graph uses hold the same mult and zero;
                  the float32 form that QLinearConv computes gives every code of every partial sum
 """
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +20,9 @@ from onnx import ModelProto, NodeProto, TensorProto
 from rqtool.errors import CheckError, InputError, escaped
 from rqtool.export import metadata
 from rqtool.export.emit import DOMAIN
-from rqtool.export.layout import by_read, differing_codes
+from rqtool.export.layout import by_read, differing_codes, gathered
 from rqtool.hardware import adc
+from rqtool.mapping.plan import Geometry
 from rqtool.storage import read_file
 
 CONSTANT_ROLES = {"mult": "adc_mult", "zero": "adc_zero"}
@@ -122,7 +124,7 @@ def _check_layer(doc: dict[str, Any], layer: dict[str, Any], node: NodeProto, co
 
 def _check_geometry(layer: dict[str, Any], attributes: dict[str, Any], constants: dict[str, np.ndarray]) -> None:
     """Strides, padding and sizes of the document are those that the node has."""
-    g, weight, (top, left) = layer["geometry"], layer["weight"], layer["geometry"]["padding"]
+    g, weight, taken, (top, left) = layer["geometry"], layer["weight"], layer["rows"]["taken"], layer["geometry"]["padding"]
     pads = attributes["pads"] if "pads" in attributes else constants[f"{layer['node']}/code_pads"][[2, 3, 6, 7]].tolist()
     reads = g["groups"] * len(weight["first_channel"]) * len(weight["planes"]["factor"]) * (layer["columns"] // g["groups"])
     pairs = {
@@ -132,11 +134,25 @@ def _check_geometry(layer: dict[str, Any], attributes: dict[str, Any], constants
         "padding code": (layer["input"]["zero"] if any(g["padding"]) else 0, attributes.get("pad_code", 0)),
         "number of tiles": (g["groups"] * len(weight["first_channel"]), attributes["group"]),
         "number of columns": ([g["columns"], layer["columns"]], [attributes["acc_shape"][1]] * 2),
-        "shape of the cells": ([reads, weight["span"], *g["kernel"]], list(constants[weight["tensor"]].shape)),
+        "shape of the cells": ([reads, weight["span"], *(g["kernel"] if taken is None else [1, 1])], list(constants[weight["tensor"]].shape)),
     }
     for what, (described, built) in pairs.items():
         if described != built:
             differs(f"{layer['layer']}: the {what} is {described} in the metadata, but {built} in the graph")
+    _check_rows(layer, constants)
+
+
+def _check_rows(layer: dict[str, Any], constants: dict[str, np.ndarray]) -> None:
+    """The rows that meet in each tile of the document are those that the graph gathers."""
+    name, weight, taken, g = layer["layer"], layer["weight"], layer["rows"]["taken"], Geometry.from_dict(layer["geometry"])
+    if layer["rows"]["count"] != g.rows or (taken is not None and sorted(taken) != list(range(g.rows))):
+        differs(f"{name}: its rows are not each of {g.rows} once")
+    last = g.rows // (1 if taken else prod(g.kernel)) - weight["span"]
+    if max(weight["first_channel"]) > last:
+        differs(f"{name}: a tile begins at channel {max(weight['first_channel'])} of its group, but the last one that can is {last}")
+    expected = gathered(g, weight["first_channel"], weight["span"], taken)
+    if not np.array_equal(expected, constants.get(f"{layer['node']}/channels", np.arange(expected.size))):
+        differs(f"{name}: the channels that its graph gathers are not those of the metadata")
 
 
 def _check_uniform(layer: dict[str, Any], node: NodeProto, constants: dict[str, np.ndarray]) -> None:

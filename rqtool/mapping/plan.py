@@ -91,6 +91,11 @@ class Plan:
             raise ConfigError(f"{name}: the accumulator can reach {plan.acc_bound}, beyond 32 bits; lower --in-bits, --w-bits or --adc-bits")
         return plan
 
+    def rows_of(self, tile: int) -> tuple[int, ...]:
+        """The rows that meet in a read of a tile."""
+        places = range(*self.tiles[tile])
+        return tuple(places if self.order is None else (self.order[k] for k in places))
+
     # -- bounds ------------------------------------------------------------------------------------------------------
     def p_bounds(self, i: int, j: int) -> tuple[int, int]:
         """The smallest and largest partial sum of input plane i and weight plane j, over `wl` rows."""

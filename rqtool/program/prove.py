@@ -93,6 +93,7 @@ def _reads(p: Program, op: Op, x: Tensor) -> Made:
     plan = Plan.make(str(op.attrs["layer"]), g, p.macro)
     ADCS[_kind(p.macro)](p, op, plan)
     if p.macro.pack == "spread":
+        need("order" in op.consts, "it has no constant for order")
         order = p.const(op, "order")
         need(order.shape == (g.rows,) and np.array_equal(np.sort(order), np.arange(g.rows)), "its order is not one of its rows")
     return (g.columns, *size), -plan.acc_bound, plan.acc_bound

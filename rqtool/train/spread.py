@@ -29,15 +29,15 @@ def spread_order(codes: torch.Tensor, weight: torch.Tensor, plan: Plan) -> tuple
 
     codes: padded [N, C, H, W] whole numbers; weight: [O, K]. Beyond SEARCHED rows, neighbouring rows are dealt to several searches.
     """
-    rows, columns = _rows(codes, plan), weight.view(plan.geometry.groups, -1, plan.geometry.rows).to(codes)
+    rows, columns = _rows(codes, plan), weight.view(plan.geometry.groups, -1, plan.geometry.rows).double()
     sizes = np.array([stop - start for start, stop in plan.tiles])
     searches = min(len(sizes), -(-plan.geometry.rows // SEARCHED))
     dealt = np.argsort(np.arange(plan.geometry.rows) % searches, kind="stable")
     order, at = [], 0
     for part in np.array_split(sizes, searches):
         mine = torch.from_numpy(dealt[at : at + part.sum()])
-        x, w = rows[:, mine], columns[:, :, mine]
-        meeting = ((x @ x.transpose(1, 2)) * (w.transpose(1, 2) @ w)).sum(0).double().numpy()
+        x, w = rows[:, mine].double(), columns[:, :, mine]  # whole numbers: the same sums on any number of threads
+        meeting = ((x @ x.transpose(1, 2)) * (w.transpose(1, 2) @ w)).sum(0).numpy()
         order.append(dealt[at + least_meeting(meeting, part)])
         at += part.sum()
     return tuple(np.concatenate(order).tolist())
