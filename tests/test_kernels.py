@@ -14,7 +14,7 @@ from programs import CASES, images, layer_program
 from rqtool.errors import ConfigError
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
-from rqtool.kernels import choose, cpu, reference, threads
+from rqtool.kernels import blocks, certify, choose, compiled, cpu, records, reference, requant, threads, vector
 from rqtool.kernels.spec import Noise, ReadSpec, Tables, free_level_spec, make_spec
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import extract
@@ -165,10 +165,10 @@ def test_a_code_that_differs_is_not_certified(monkeypatch):
     plan = layer_program(CASES["kernel_per_read"]).plan(layer_program(CASES["kernel_per_read"]).ops[0])
     mult, zero = np.array([[513]]), np.array([[8]])
     assert run.certified(plan, mult, zero)
-    for name in ("codes", "codes16") if cpu.DOT8 else ("codes",):
-        right = getattr(cpu, name)
+    for name in ("codes", "codes16") if vector.DOT8 else ("codes",):
+        right = getattr(certify, name)
         with monkeypatch.context() as patch:
-            patch.setattr(cpu, name, lambda p, *adc, right=right: right(p, *adc) + (p == -945))
+            patch.setattr(certify, name, lambda p, *adc, right=right: right(p, *adc) + (p == -945))
             assert not run.certified(plan, mult, zero)
     monkeypatch.setattr(choose, "find_spec", lambda name: None)
     assert run.certified(plan, mult, zero)
@@ -508,8 +508,8 @@ def test_free_levels_in_16_bits_are_the_table(seed, bits):
     rng, macro = np.random.default_rng(seed), Macro(levels="free", adc_bits=bits, wl=int(np.random.default_rng(seed).integers(1, 60)))
     plan = Plan.make("layer", Geometry(2, 3), macro)
     spec = free_level_spec(plan, np.sort(rng.integers(macro.p_min - 5, macro.p_max + 6, macro.top)), np.sort(rng.integers(-32767, 32768, macro.top + 1)))
-    found = cpu.every_level(np.arange(macro.p_min, macro.p_max + 1), spec.tables)
-    assert cpu.DOT8 <= len(found) <= 2 * cpu.DOT8
+    found = certify.every_level(np.arange(macro.p_min, macro.p_max + 1), spec.tables)
+    assert vector.DOT8 <= len(found) <= 2 * vector.DOT8
     assert all(np.array_equal(levels, spec.tables.value[0]) for levels in found)
 
 
@@ -522,14 +522,14 @@ def test_free_levels_are_found_by_buckets_where_no_two_thresholds_share_one(thre
     """The second set is that of a convolution of ResNet-20; crowded ones are dense in the middle and far apart outside."""
     plan = Plan.make("layer", Geometry(2, 3), Macro(levels="free"))
     tables = free_level_spec(plan, np.array(thresholds), np.arange(-7, 9) * 50).tables
-    assert [form for form, _ in cpu.levels16(tables)] == forms
+    assert [form for form, _ in records.levels16(tables)] == forms
 
 
 def test_free_levels_with_more_steps_than_registers_hold_stay_tables():
     plan = Plan.make("layer", Geometry(2, 3), Macro(levels="free", adc_bits=6))
-    assert cpu.levels16(free_level_spec(plan, np.arange(-31, 32), np.arange(64)).tables) == []
+    assert records.levels16(free_level_spec(plan, np.arange(-31, 32), np.arange(64)).tables) == []
     halves = free_level_spec(plan, np.arange(-31, 32), np.zeros(64, int)).tables
-    assert cpu.levels16(replace(halves, value=halves.value + np.float32(0.5))) == []
+    assert records.levels16(replace(halves, value=halves.value + np.float32(0.5))) == []
 
 
 @settings(max_examples=40)
@@ -548,23 +548,30 @@ def test_requantisation_equals_the_torch_form(seed):
 
 
 @pytest.mark.parametrize("pool", ["openmp", "own threads"])
-def test_chunks_come_back_in_order_and_errors_come_through(pool, monkeypatch):
+def test_every_thread_takes_chunks_until_none_is_left(pool, monkeypatch):
     if pool == "own threads":
-        monkeypatch.setattr(threads, "openmp", lambda: None)
-    elif threads.openmp() is None:
+        monkeypatch.setattr(threads, "openmp", lambda: 0)
+    elif not threads.openmp():
         pytest.skip("torch brings no GNU OpenMP here")
-    assert threads.each(lambda n: n * n, list(range(20)), 2) == [n * n for n in range(20)]
+    layer = random_layer(5)
+    for count in (1, 2, 3, 9):
+        prepared, x = cpu.Prepared(layer.program.const(layer.op, "weight").reshape(layer.plan.geometry.columns, -1), spec_of(layer)), np.repeat(padded(layer), 20, 0)
+        monkeypatch.setattr(cpu, "MAX_CHUNKS", 1)
+        whole = cpu.run(prepared, x, count)
+        monkeypatch.setattr(cpu, "MAX_CHUNKS", 8)
+        assert np.array_equal(cpu.run(prepared, x, count), whole)
 
-    def fails(n):
-        if n == 7:
-            raise ValueError("seven")
-        return n
 
-    with pytest.raises(ValueError, match="^seven$"):
-        threads.each(fails, list(range(20)), 2)
+@given(images=st.integers(0, 300), positions=st.integers(1, 2000), most=st.integers(1, 20))
+def test_chunks_are_all_images_once_and_none_is_small(images, positions, most):
+    bounds = threads.chunks(images, positions, most)
+    sizes = np.diff(bounds)
+    assert bounds[0] == 0 and bounds[-1] == images and 1 <= len(sizes) <= most
+    assert len(sizes) == 1 or (sizes.min() >= 1 and images * positions // len(sizes) >= 256)
 
 
 def test_compiled_code_is_made_anew_when_any_emitter_changes():
-    stamps = {kernel._cache._cache_file._source_stamp for kernel in (cpu._forward, cpu._forward16, cpu._backward, cpu._convert, cpu._requant)}
-    assert stamps == {tuple(n for path in cpu.EMITTERS for n in (path.stat().st_mtime, path.stat().st_size))}
-    assert {path.name for path in cpu.EMITTERS} == {"cpu.py", "strips.py", "vector.py"}
+    kernels = (cpu._forward, cpu._forward16_team, cpu._backward_share, blocks.gather, certify._convert, requant._requant)
+    stamps = {kernel._cache._cache_file._source_stamp for kernel in kernels}
+    assert stamps == {tuple(n for path in compiled.SOURCES for n in (path.stat().st_mtime, path.stat().st_size))}
+    assert {"cpu.py", "blocks.py", "strips.py", "vector.py", "threads.py"} <= {path.name for path in compiled.SOURCES}

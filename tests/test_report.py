@@ -170,7 +170,7 @@ def test_the_doctor_where_numba_fails_or_differs(monkeypatch):
         raise RuntimeError("no locator available\nmore")
 
     with monkeypatch.context() as patch:
-        patch.setattr("rqtool.kernels.cpu.codes", fails)
+        patch.setattr("rqtool.kernels.certify.codes", fails)
         patch.setattr("rqtool.kernels.choose._compile_failure", choose._compile_failure.__wrapped__)
         assert (doctor()["carrier"], doctor()["reason"]) == ("chunked (torch)", "numba cannot compile here (RuntimeError: no locator available)")
         assert choose.for_training(torch.zeros(1), None) is choose.Chunked

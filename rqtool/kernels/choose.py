@@ -61,9 +61,9 @@ def numba_failure() -> str | None:
 def _compile_failure() -> str | None:
     """What numba or LLVM say to the smallest kernel."""
     try:
-        from rqtool.kernels import cpu
+        from rqtool.kernels import certify
 
-        cpu.codes(np.zeros(1), 1.0, 0.0, 1.0)
+        certify.codes(np.zeros(1), 1.0, 0.0, 1.0)
     except Exception as e:  # whatever they meet on this machine
         return f"numba cannot compile here ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no reason given'})"
     return None
@@ -82,18 +82,18 @@ def every_code(p: np.ndarray, mult: int, shift: int, lo: int, hi: int) -> list[n
     """code - zero of whole-number partial sums p, once by each form in float32 or 16 bits that an exact call may take here."""
     if not numba_available():
         return [reference.codes(p, mult, shift, lo, hi)]
-    from rqtool.kernels import cpu
+    from rqtool.kernels import certify
 
-    return cpu.every_code(p, mult, shift, lo, hi)
+    return certify.every_code(p, mult, shift, lo, hi)
 
 
 def every_level(p: np.ndarray, spec: ReadSpec) -> list[np.ndarray]:
     """The same for free levels, where what is not a look-up in the table of `spec` itself."""
     if not numba_available():
         return []
-    from rqtool.kernels import cpu
+    from rqtool.kernels import certify
 
-    return cpu.every_level(p, spec.tables)
+    return certify.every_level(p, spec.tables)
 
 
 class Exact:
@@ -127,10 +127,10 @@ class Exact:
 def requant(xs: tuple[torch.Tensor, ...], mults: list[torch.Tensor], add: torch.Tensor, shift: int, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:
     """clamp((add + sum of x * mult) >> shift, lo, hi) in int32, in one pass over memory where numba compiles for the device."""
     if xs[0].device.type == "cpu" and numba_available():
-        from rqtool.kernels import cpu
+        from rqtool.kernels.requant import requant as in_one_pass
 
         kind = {torch.uint8: np.uint8, torch.int32: np.int32}[dtype]
-        return torch.from_numpy(cpu.requant([_array(x) for x in xs], [_array(m) for m in mults], _array(add), shift, lo, hi, kind, torch.get_num_threads()))
+        return torch.from_numpy(in_one_pass([_array(x) for x in xs], [_array(m) for m in mults], _array(add), shift, lo, hi, kind, torch.get_num_threads()))
     total = add
     for x, mult in zip(xs, mults):
         total = total + x.int() * mult

@@ -14,6 +14,8 @@ from functools import partial
 
 import numpy as np
 
+from numba.core import cgutils
+
 from rqtool.kernels.vector import BYTES, F32, F32S, I8, I16, I32, I32S, I64, LANES, PACKED, Emitter, emitted, one_of
 
 POSITIONS = 64  # of a strip
@@ -339,6 +341,18 @@ def add_run(e, target, source, count):
         mask = e.b.icmp_signed("<", lanes, e.splat(left))
         old, new = (e.masked_load(e.at(a, (n, BYTES)), mask) for a in (target, source))
         e.masked_store(e.b.fadd(old, new), e.at(target, (n, BYTES)), mask)
+
+
+@emitted
+def copy(e, target, source, count):
+    """memory[target .. target + count) = memory[source ..), bytes."""
+    cgutils.raw_memcpy(e.b, *(e.b.inttoptr(a, cgutils.voidptr_t) for a in (target, source)), count, 1)
+
+
+@emitted
+def repeat(e, target, byte, count):
+    """memory[target .. target + count) = byte."""
+    cgutils.memset(e.b, e.b.inttoptr(target, cgutils.voidptr_t), count, e.b.trunc(byte, I8))
 
 
 HARD, NOISY, TABLE = range(3)

@@ -56,12 +56,12 @@ def _carrier() -> tuple[str, str, str | None]:
     failure = choose.numba_failure()
     if failure is not None:
         return choose.Chunked.name, failure, None
-    from rqtool.kernels import cpu
+    from rqtool.kernels import certify
 
     plan, one = Plan.make("default", Geometry(1, 1), Macro()), np.ones((1, 1), np.int64)
     if not certified(plan, one * ((1 << plan.macro.shift) - 1), one * plan.macro.zero):
         return choose.Chunked.name, "a code of the compiled converter differs from the definition", None
     tried = plan.macro.p_max - plan.macro.p_min + 1
-    sums = "8-bit dot products" if cpu.DOT8 else "float32 sums, for this processor has no 8-bit dot products on 512-bit vectors"
+    sums = "8-bit dot products" if certify.DOT8 else "float32 sums, for this processor has no 8-bit dot products on 512-bit vectors"
     reason = f"numba compiles here, with {sums}, and all {tried} partial sums of the default macro get the right code"
-    return choose.Fused.name, reason, str(cpu._convert.stats.cache_path)
+    return choose.Fused.name, reason, str(certify._convert.stats.cache_path)
