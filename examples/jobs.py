@@ -114,5 +114,5 @@ EXPERIMENTS = {
     "mnist-4-two-stage": Experiment(TRIED, "mnist", COLUMN, None, 1, (*TAUGHT, ("ideal_epochs", 1))),
     "cifar-4-relaxed-taught": Experiment(TRIED, "cifar", COLUMN, None, 1, fields(mode="relaxed", teacher="float")),
     "cifar-4-shift-flip": Experiment(TRIED, "cifar", COLUMN, None, 1, (*TAUGHT, ("augment", "shift-flip"))),
-    "cifar-4-long": Experiment(TRIED, "cifar", COLUMN, None, 4, TAUGHT),
+    **{f"cifar-{bits}-spread-long": Experiment(FINE, "cifar", fields(adc_bits=bits, granularity="column", pack="spread"), None, 4, TAUGHT) for bits in (4, 3, 2)},
 }  # fmt: skip

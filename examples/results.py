@@ -26,7 +26,7 @@ images over the runs on which the integer program and the served network in floa
 network (weight {DISTILL_WEIGHT} of the loss unless said) and teaches the twin, too.
 """
 ABOUT = {
-    FINE: "With a step (and zero) for each column, which costs a chip nothing; with one for the layer; with free levels. `nthu-2019`: 2-bit inputs, sign + 2-bit weights, 15 codes.",
+    FINE: "With a step (and zero) for each column, which costs a chip nothing; with one for the layer; with free levels; with rows spread (`--pack spread`), which costs no read and no cell. `nthu-2019`: 2-bit inputs, sign + 2-bit weights, 15 codes.",
     MODES: "A step for the layer, no teacher, the same budget; what is chosen from this table is in [training.md](training.md).",
     RANGES: "No training (batch norm is re-estimated where held-out images say so). The twin is not trained either.",
     WIDE: "A step for each column.",
@@ -54,7 +54,7 @@ def spread(numbers: list[float]) -> str:
 
 def setting_cell(macro: dict[str, Any]) -> str:
     levels = "free levels" if macro["levels"] == "free" else f"step per {macro['granularity']}"
-    extra = ["full range"] * (macro["range"] == "full")
+    extra = ["full range"] * (macro["range"] == "full") + ["rows spread"] * (macro["pack"] == "spread")
     return ", ".join([f"{macro['wl']} rows on", f"{macro['in_bits']}/{macro['w_bits']} bits", f"{macro['adc_bits']}-bit ADC", macro["codebook"], levels, *extra])
 
 
@@ -92,10 +92,10 @@ def report(found: dict[str, list[dict[str, Any]]], plots: list[str]) -> str:
 
 def plot(found: dict[str, list[dict[str, Any]]], task: str) -> str | None:
     """Top-1 against the bits of the ADC as SVG, None where no job of the task is fine-tuned: a line for each way, with the range over seeds."""
-    ways = {"fine-tuned, step per column": "{}-{}", "fine-tuned, step per layer": "{}-{}-layer", "fine-tuned, free levels": "{}-{}-free"}
-    ways |= {"post-training, step per column": "{}-{}-ptq-column", "post-training, free levels": "{}-{}-ptq-free"}
+    tuned = {"fine-tuned, rows spread": "{}-{}-spread", "fine-tuned, step per column": "{}-{}", "fine-tuned, free levels": "{}-{}-free"}
+    ways = tuned | {"post-training, rows spread": "{}-{}-ptq-spread-column", "post-training, step per column": "{}-{}-ptq-column"}
     lines = {way: {b: values(found[n], "tuned_top1") for b in (2, 3, 4) if (n := name.format(task, b)) in found} for way, name in ways.items()}
-    twins = {b: values(found[n], "ideal_top1") for b in (2, 3, 4) if (n := f"{task}-{b}") in found}
+    twins = {b: values(found[n], "ideal_top1") for name in reversed(tuned.values()) for b in (2, 3, 4) if (n := name.format(task, b)) in found}
     lines = {way: points for way, points in {**lines, "twin with an ideal ADC": twins}.items() if points}
     return lines_svg(f"{TASKS[task].title}: top-1 against the bits of the ADC", "bits of the ADC (9 rows on, 4/4 bits)", "top-1 on the test images, %", lines) if twins else None
 

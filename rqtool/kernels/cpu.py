@@ -1,12 +1,12 @@
 """Fused reads for CPUs, in numba: partial sums live in registers (strips.py) and never reach memory.
 
     block     64 output positions (forward) or 256 (backward), flattened over (image, y, x) of one chunk of images
-    chunk     some of the images; fixed ones where gradients are added up, so that they do not depend on the number of threads
+    chunk     some of the images, whatever the number of threads: gradients are added up and noise is counted chunk by chunk
     share     what one thread does: chunk after chunk, until none is left
 
 Forward: im2col of a block into words, then per tile the dot products, the ADC, the sum. Backward: the same partial sums and the same
 noise again, then the gradients of input, weight and step. Partial sums are whole numbers, by 8-bit dot products where the processor has
-them and by float32 elsewhere; codes are exact where `codes` and `codes16` give the ADC's own (program/run.py certifies it).
+them and by float32 elsewhere; codes are exact where certify.py finds them to be the ADC's own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from rqtool.kernels import blocks, strips
 from rqtool.kernels.compiled import compiled
-from rqtool.kernels.layout import layout_of, offsets_of, packed, scratch
+from rqtool.kernels.layout import layout_of, offsets_of, packed
 from rqtool.kernels.records import adc_records, sixteen
 from rqtool.kernels.spec import ReadSpec
 from rqtool.kernels.strips import BLOCK, GROUPS, POSITIONS, STRIP, WORD
