@@ -16,9 +16,9 @@ from rqtool.kernels import reference
 from rqtool.kernels.spec import Tables, make_spec
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.train import soft
-from rqtool.train.reads import pad_codes, split_planes, unpadded
+from rqtool.train.reads import split_planes, unpadded
 from rqtool.train.relax import Relaxation, mean_code, mean_slope
-from rqtool.train.soft import gumbel_code, log_probability, mean_table, nearest_codes
+from rqtool.train.soft import log_probability, mean_table, nearest_codes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,54 +129,75 @@ def test_soft_codes_are_for_training_only(mode):
 
 
 # -- gumbel --------------------------------------------------------------------------------------------------------------
+def gumbel_code(u: torch.Tensor, top: int, tau: float, noise: torch.Tensor, temperature: float = soft.LAMBDA) -> torch.Tensor:
+    """The definition: a soft code [..] for u [..]; noise: Gumbel, [.., as many as there are nearest codes]."""
+    codes = nearest_codes(u, top)
+    return (((log_probability(u, codes, top, tau)[0] + noise) / temperature).softmax(-1) * codes).sum(-1)
+
+
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("top", [1, 3, 4, 14])
 def test_log_probabilities_are_those_of_the_relaxed_adc(top, tau):
+    codes = torch.arange(top + 1.0, dtype=torch.float64)
     for u in np.linspace(-2, top + 2, 37):
-        codes = torch.arange(top + 1.0, dtype=torch.float64)
-        got = log_probability(torch.tensor(u), codes, top, tau).exp().numpy()
-        assert np.allclose(got, probabilities(u, top, tau), rtol=1e-7, atol=1e-12)
+        at = torch.tensor(u, requires_grad=True)
+        got, lean = log_probability(at, codes, top, tau)
+        assert np.allclose(got.detach().exp().numpy(), probabilities(u, top, tau), rtol=1e-7, atol=1e-12)
+        assert np.allclose(lean.detach(), [torch.autograd.grad(value, at, retain_graph=True)[0] for value in got], rtol=1e-9, atol=1e-9)
 
 
 def test_log_probabilities_stay_finite_far_away():
-    u = torch.tensor([-80.0, 90.0], requires_grad=True)
-    value = log_probability(u, nearest_codes(u, 15), 15, 0.08)
-    value.sum().backward()
-    assert torch.isfinite(value).all() and torch.isfinite(u.grad).all()
+    u = torch.tensor([-80.0, 90.0])
+    assert all(torch.isfinite(a).all() for a in log_probability(u, nearest_codes(u, 15), 15, 0.08))
 
 
 @pytest.mark.parametrize("u", [-1.0, 0.3, 6.5, 7.1, 15.2])
 def test_cold_samples_are_drawn_with_the_codes_probabilities(u):
     """Nearly without temperature a soft code is a whole one; at tau 0.3 the 5 nearest codes have all but 0.1 % of the probability."""
     n = 200_000
-    uniform = torch.rand(n, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    code = gumbel_code(torch.full((n,), u, dtype=torch.float64), 15, 0.3, uniform, temperature=1e-4)
+    noise = torch.stack([soft.LAMBDA * soft.gumbel_draws()[k * 50_000 : k * 50_000 + n] for k in range(5)], -1).double()
+    code = gumbel_code(torch.full((n,), u, dtype=torch.float64), 15, 0.3, noise, temperature=1e-4)
     assert ((code - code.round()).abs() < 1e-3).double().mean() > 0.998
     counts, wanted = np.bincount(code.round().long().numpy(), minlength=16), n * probabilities(u, 15, 0.3)
-    assert (np.abs(counts - wanted) < 5 * np.sqrt(wanted) + 0.001 * n).all()
+    assert (np.abs(counts - wanted) < 6 * np.sqrt(wanted) + 0.001 * n).all()
 
 
-def test_its_gradient_is_that_of_its_forward_pass():
-    u = torch.tensor([-3.0, 0.1, 1.3, 6.7, 14.2, 19.0], dtype=torch.float64, requires_grad=True)
-    uniform = torch.rand(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).clamp(1e-3, 1 - 1e-3)
-    assert torch.autograd.gradcheck(lambda u: gumbel_code(u, 15, 0.3, uniform), (u,))
+class Recorded(soft.GumbelTiles):
+    """The tiles, with the noise that each of them took: float64 [groups, columns of a group, n * L, 5] by (tile, chunk)."""
+
+    taken: dict = {}
+
+    def softmax(self, p, t, chunk):
+        at, weights = super().softmax(p, t, chunk)
+        scores = torch.stack([score.take(at) for score in self.spec.tables.scores], -1).double()
+        self.taken[t, chunk] = soft.LAMBDA * (torch.stack(weights, -1).double().log() - scores)  # up to what all five share
+        return at, weights
 
 
-@pytest.mark.parametrize("name", ["layer", "column", "tile", "split"])
-def test_doing_the_forward_pass_again_changes_no_gradient(name, monkeypatch):
-    """Chunks with their own noise, each done twice; without checkpoints the same gradients come out."""
-    monkeypatch.setattr(soft, "CHUNK_VALUES", 600)
-    macro, g = MACROS[name], Geometry(2, 4, (3, 3))
+@pytest.mark.parametrize("tau", [0.15, 0.3])
+@pytest.mark.parametrize("name", MACROS)
+def test_gumbel_reads_and_gradients_are_those_of_plain_autograd(name, tau, monkeypatch):
+    """Chunks with their own noise; the explicit form takes the noise that was drawn, in float64, through softmax and autograd."""
+    monkeypatch.setattr(reference, "TILE_VALUES", 100)
+    monkeypatch.setattr(soft, "GumbelTiles", Recorded)
+    macro, g = replace(MACROS[name], dac_bits=None, cell_bits=None, sign_scheme="signed", codebook="twos"), Geometry(2, 4, (3, 3))
     layer = layer_of(macro, g).train()
-    layer.relaxation = Relaxation(0.3, 1, "gumbel")
-    x = pad_codes(torch.randint(0, 16, (4, 2, 4, 5), generator=torch.Generator().manual_seed(3)).float(), (1, 1), 0).requires_grad_()
-    w = torch.randint(-7, 8, (4, 18), generator=torch.Generator().manual_seed(4)).float().requires_grad_()
-    gradients = []
-    for again in (True, False):
-        if not again:
-            monkeypatch.setattr(soft, "checkpoint", lambda function, *args, use_reentrant: function(*args))
-        layer.zero_grad()
-        x.grad = w.grad = None
-        layer.read(x, w).square().sum().backward()
-        gradients.append((x.grad, w.grad, layer.log_step.grad.clone()))
-    assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(*gradients))
+    layer.relaxation = Relaxation(tau, 1, "gumbel")
+    rng = np.random.default_rng(5)
+    x = torch.from_numpy(rng.integers(0, macro.q_x + 1, (3, 2, 6, 7))).float().requires_grad_()
+    w = torch.from_numpy(rng.integers(-macro.q_w, macro.q_w + 1, (4, 18))).float().requires_grad_()
+    gy = torch.from_numpy(rng.standard_normal((3, 4, 4, 5)))
+    y = layer.read(x, w)
+    (y * gy.float()).sum().backward()
+    xs, ws, log_step = (a.detach().double().requires_grad_() for a in (x, w, layer.log_step))
+    numbers, real = layer.adc(), log_step.exp()
+    step, out = (real + (numbers.step - real).detach()).expand(len(layer.plan.tiles), 4), 0
+    rows = nn.functional.unfold(xs, g.kernel)
+    for t, (first, last) in enumerate(layer.plan.tiles):
+        noise = torch.cat([Recorded.taken[t, chunk].squeeze(0).unflatten(1, (-1, 20)).movedim(1, 0) for chunk in range(3)])
+        s = step[t].view(1, -1, 1)
+        out = out + s * (gumbel_code(torch.einsum("ok,nkl->nol", ws[:, first:last], rows[:, first:last]) / s + macro.zero, macro.top, tau, noise) - macro.zero)
+    (out * gy.flatten(2)).sum().backward()
+    assert torch.allclose(y.double().flatten(2), out, rtol=1e-4, atol=2e-3)
+    for got, want in ((x.grad, xs.grad), (w.grad, ws.grad), *([(layer.log_step.grad, log_step.grad)] if macro.range == "calibrated" else [])):
+        assert want.abs().sum() > 0 and torch.allclose(got.double(), want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))

@@ -61,7 +61,7 @@ class _Reads:
         return self.weight @ columns
 
 
-class _Tiles:
+class Tiles:
     """One call tile by tile, for weights and rows of all groups at once: what forward and backward do to a chunk of images.
 
     Rows and partial sums are [groups, .., n * L], n images of L positions. A table that is the same for all columns of a tile is a
@@ -133,7 +133,7 @@ def codes(p: np.ndarray, mult: int, shift: int, lo: int, hi: int) -> np.ndarray:
     one = np.ones((1, 1))
     spec = ReadSpec(Geometry(1, 1), ((0, 1),), one * (mult / 2.0**shift), one * lo, one * hi, one, int(np.abs(p).max()))
     sums = torch.from_numpy(p.astype(np.float32)).view(1, 1, -1)
-    return _Tiles(torch.ones(1, 1), spec, sums).values(sums, 0, 0).flatten().numpy()
+    return Tiles(torch.ones(1, 1), spec, sums).values(sums, 0, 0).flatten().numpy()
 
 
 def _chunks(x: torch.Tensor, spec: ReadSpec, positions: int):
@@ -152,9 +152,9 @@ def _tile_chunks(x: torch.Tensor, spec: ReadSpec) -> tuple[torch.Tensor, ...]:
     return x.split(max(1, TILE_VALUES // max(1, per_image)))
 
 
-def forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
-    """acc [N, O, H_out, W_out] in x's dtype and on its device. x: [N, C, H, W] codes, already padded; weight: [O, K]."""
-    tiles, parts = _Tiles(weight, spec, x), []
+def forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, kind: type[Tiles] = Tiles) -> torch.Tensor:
+    """acc [N, O, H_out, W_out] in x's dtype and on its device. x: [N, C, H, W] codes, already padded; weight: [O, K]; kind: what a read makes of a partial sum."""
+    tiles, parts = kind(weight, spec, x), []
     for c, part in enumerate(_tile_chunks(x, spec)):
         rows = tiles.rows(part)
         acc, p = (rows.new_zeros(spec.geometry.groups, spec.geometry.group_columns, rows.shape[2]) for _ in range(2))
@@ -164,12 +164,12 @@ def forward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.Tens
     return torch.cat(parts).unflatten(2, _positions(x, spec))
 
 
-def backward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def backward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor, kind: type[Tiles] = Tiles) -> tuple[torch.Tensor, ...]:
     """(dx of the padded x, dw [O, K], dstep [T, O], dzero [T, O]) for gy [N, O, H_out, W_out], with the forward pass's noise.
 
     dstep = sum of gy * (q - u * slope), dzero = sum of gy * (slope - 1), what the step is multiplied with; 0 where tables give the values.
     """
-    tiles, g = _Tiles(weight, spec, x), spec.geometry
+    tiles, g = kind(weight, spec, x), spec.geometry
     chunks = _tile_chunks(x, spec)
     dw, dx = torch.zeros(g.groups, g.group_columns, g.rows).to(x), []
     dstep, dzero = (torch.zeros(len(spec.tiles), g.columns).to(x) for _ in range(2))

@@ -235,7 +235,7 @@ class ReadLayer(nn.Module):
         numbers, real = self.adc(), self.log_step.exp().clamp(min=1.0)
         step = (real + (numbers.step - real).detach()).float()
         if relax and relax.mode in CALLS:
-            return CALLS[relax.mode](self.plan, step, numbers.zero if zero is None else zero, relax)
+            return CALLS[relax.mode](self.plan, numbers, step, zero, relax)
         tables = slope_tables(numbers.mult, numbers.zero, macro.shift, macro.top, relax.tau, macro.p_min, macro.p_max) if relax else None
         tables = Tables(tables.p_min, over_rows(tables.row, self.plan), tables.slope) if tables else None
         spec = unpadded(make_spec(self.plan, *(t.numpy() for t in (numbers.mult, numbers.zero, numbers.gain)), tables=tables))

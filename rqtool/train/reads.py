@@ -44,9 +44,9 @@ class _Reads(torch.autograd.Function):
     """sum over tiles of step * (code - zero), in partial-sum units; see kernels/ for both passes."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, spec: ReadSpec, unit: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, spec: ReadSpec, unit: torch.Tensor, carrier: type | None) -> torch.Tensor:
         """x [N, C, H, W] padded codes, weight [O, K], step and zero [1 or T, 1 or O], zero or None, unit [1 or O]: step = unit * gain."""
-        ctx.spec, ctx.carrier = spec, choose.for_training(x, spec)
+        ctx.spec, ctx.carrier = spec, carrier or choose.for_training(x, spec)
         x = ctx.carrier.keep(x)
         ctx.save_for_backward(x, weight, step, zero)
         return ctx.carrier.forward(x, weight, spec).mul_(unit.view(1, -1, 1, 1))
@@ -55,7 +55,7 @@ class _Reads(torch.autograd.Function):
     def backward(ctx, gy: torch.Tensor):
         x, weight, step, zero = ctx.saved_tensors
         dx, dw, dstep, dzero = ctx.carrier.backward(x, weight, ctx.spec, gy.contiguous())
-        return dx, dw, dstep.sum_to_size(step.shape), (dzero * step).sum_to_size(zero.shape).double() if ctx.needs_input_grad[3] else None, None, None
+        return dx, dw, dstep.sum_to_size(step.shape), (dzero * step).sum_to_size(zero.shape).double() if ctx.needs_input_grad[3] else None, None, None, None
 
 
 class _TableReads(torch.autograd.Function):
@@ -104,15 +104,16 @@ def pad_codes(x: torch.Tensor, padding: tuple[int, int], code: int) -> torch.Ten
     return F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=float(code)) if any(padding) else x
 
 
-def reads(x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, spec: ReadSpec, unit: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
-    """[N, O, H_out, W_out] in partial-sum units; x holds padded codes, `step` and `zero` get gradients, `unit` is the step's plain value."""
-    return _Reads.apply(x, weight, step, zero, spec, unit)
+def reads(x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, spec: ReadSpec, unit: torch.Tensor, zero: torch.Tensor | None = None, carrier: type | None = None) -> torch.Tensor:
+    """[N, O, H_out, W_out] in partial-sum units; x holds padded codes, `step` and `zero` get gradients, `unit` is the step's plain value.
+    carrier: None for the fastest of kernels/choose.py."""
+    return _Reads.apply(x, weight, step, zero, spec, unit, carrier)
 
 
 def table_reads(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
     """The same for an ADC given by value and slope tables, whose levels are not learned."""
     one = x.new_ones(1, 1)
-    return _Reads.apply(x, weight, one, None, spec, x.new_ones(1))
+    return _Reads.apply(x, weight, one, None, spec, x.new_ones(1), None)
 
 
 def learned_table_reads(x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec, unit: float = 1.0, images: int = ALL) -> torch.Tensor:
