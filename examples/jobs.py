@@ -28,7 +28,7 @@ class Task:
 TASKS = {
     "mnist": Task("MNIST, LeNet with batch norm", "lenet_bn", "lenetbn_mnist.pt", "mnist.npz"),
     "fashion": Task("Fashion-MNIST (20,000 training images), the network of the demonstration", "demo", None, "fashion_mnist.npz", lr=3e-3, train=20_000),
-    "small": Task("Fashion-MNIST (2,500 training images), the network of the demonstration", "demo", None, "fashion_mnist.npz", lr=3e-3, train=2_500),
+    "small": Task("Fashion-MNIST (5,000 training images), the network of the demonstration", "demo", None, "fashion_mnist.npz", lr=3e-3, train=5_000),
     "cifar": Task("CIFAR-10 (JPEG-75 copy), ResNet-20", "resnet20", "resnet20_cifar10jpeg_finetuned.pt", "cifar10_jpeg75.npz", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 128, 3e-3),
 }  # fmt: skip
 
@@ -87,7 +87,7 @@ def fine_tuned(task: str) -> dict[str, Experiment]:
 
 
 def modes(task: str, names: tuple[str, ...]) -> dict[str, Experiment]:
-    """The modes against each other: a step for the layer, no teacher. `gumbel` is too slow for all but the smallest budget."""
+    """The modes against each other: a step for the layer, no teacher. `gumbel` is too slow for all but a small budget."""
     return {f"{task}-{bits}-{mode}": Experiment(MODES, task, fields(adc_bits=bits), None, EPOCHS[task], fields(mode=mode)) for bits in (4, 3, 2) for mode in names}
 
 
