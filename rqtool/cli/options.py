@@ -89,7 +89,7 @@ RECIPE = (
     Flag("batch", "N", "Images in a step (default 64).", values.whole),
     Flag("lr", "X", "Peak learning rate (default 0.001).", values.number),
     Flag("weight_decay", "X", "Of weight matrices (default 0.0001).", values.number),
-    Flag("mode", "KIND", "Gradients through noisy codes, straight through, or soft codes: relaxed, ste, mean or gumbel (default relaxed).", values.as_given),
+    Flag("mode", "KIND", "Gradients straight through, through noisy codes, or soft codes: ste, relaxed, mean or gumbel (default ste).", values.as_given),
     Flag("zero", "fixed|learned", "Whether the ADC's code of p = 0 stays as calibrated; learning it is slow (default fixed).", values.as_given),
     Flag("seed", "N", "Of batches, noise and held-out images (default 0).", partial(values.whole, low=0)),
     Flag("tau_start", "X", "Noise in codes at the start (default 0.3).", values.number),

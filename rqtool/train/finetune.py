@@ -51,7 +51,7 @@ class Recipe:
     batch: int = 64
     lr: float = 1e-3
     weight_decay: float = 1e-4
-    mode: str = "relaxed"
+    mode: str = "ste"
     zero: str = "fixed"
     seed: int = 0
     tau_start: float = 0.3
