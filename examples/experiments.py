@@ -96,8 +96,9 @@ def run(name: str, seed: int, shared: Path, data: rqtool.Data, rows: Path) -> di
     return {"commit": commit(), "threads": torch.get_num_threads(), **{key: result[key] for key in kept}}
 
 
-def run_seed(names: list[str], seed: int, threads: int, shared: Path, rows: Path) -> None:
-    """The jobs of one seed that have no row yet, one after another."""
+def run_seed(names: list[str], seed: int, threads: int, shared: Path, rows: Path) -> list[str]:
+    """The jobs of one seed that have no row yet, one after another; returns what was said of those that could not be done."""
+    refused = []
     torch.set_num_threads(threads)
     commit()  # now, for the working copy may move on while a job runs
     for task in dict.fromkeys(EXPERIMENTS[n].task for n in names):
@@ -105,9 +106,14 @@ def run_seed(names: list[str], seed: int, threads: int, shared: Path, rows: Path
         data = None if all(path.exists() for path in paths.values()) else data_of(TASKS[task], shared / "data")
         for name, path in paths.items():
             if not path.exists():
-                found = run(name, seed, shared, data, rows)
+                try:
+                    found = run(name, seed, shared, data, rows)
+                except rqtool.RqError as e:
+                    refused.append(f"{name}, seed {seed}: {e}")
+                    continue
                 write_atomic(path, json.dumps(found, indent=1).encode() + b"\n")
                 print(path.name, json.dumps(found["metrics"]), f"{found['seconds']} s", flush=True)
+    return refused
 
 
 def main() -> None:
@@ -128,9 +134,11 @@ def main() -> None:
         return
     args.rows.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        for job in [pool.submit(run_seed, names, seed, args.threads, args.shared, args.rows) for seed in range(args.seeds)]:
-            job.result()
+        jobs = [pool.submit(run_seed, names, seed, args.threads, args.shared, args.rows) for seed in range(args.seeds)]
+        refused = [sentence for job in jobs for sentence in job.result()]
     results.write(args.rows, DOCS)
+    if refused:
+        sys.exit("\n".join(refused))
 
 
 if __name__ == "__main__":
