@@ -1,6 +1,6 @@
 """Prove the exported ResNet-20 on CIFAR-10 images: every integer of every tensor, in torch and in onnxruntime, equals the definition.
 
-    python examples/prove_resnet.py --shared DIR [--images 200] [--train 2000] [--threads N] [--folder build/prove]
+    python examples/prove_resnet.py --shared DIR [--images 200] [--train 2000] [--pack rows] [--threads N] [--folder build/prove]
 
 DIR is the one of examples/experiments.py. The network is calibrated on --train training images, not fine-tuned, saved as resnet20.rq and
 exported as resnet20.onnx in --folder, both replaced. The proof runs every optimisation level and batches of 1, 2, 5 and 64 over
@@ -29,14 +29,14 @@ def read_part(path: Path, split: str, count: int) -> rqtool.Images:
         return rqtool.Images(decode(z[f"{split}_jpeg"], z[f"{split}_offsets"][: count + 1]), z[f"{split}_labels"][:count].astype(np.int64))
 
 
-def prove(shared: Path, images: int, train: int, folder: Path) -> tuple[rqtool.Quantized, dict]:
+def prove(shared: Path, macro: rqtool.Macro, images: int, train: int, folder: Path) -> tuple[rqtool.Quantized, dict]:
     """(the closing figures, the report of the proof)."""
     path = shared / "data" / TASK.data
     data = rqtool.Data("CIFAR-10 (JPEG-75 copy)", read_part(path, "train", train), read_part(path, "test", images), 10)
     recipe, preprocess = rqtool.Recipe(epochs=0), rqtool.Preprocess(mean=TASK.mean, std=TASK.std)
     folder.mkdir(parents=True, exist_ok=True)
     rq = folder / "resnet20.rq"
-    result = rqtool.quantize(read_model(TASK, shared / "models"), data, out=rq, recipe=recipe, preprocess=preprocess, twin=False, force=True)
+    result = rqtool.quantize(read_model(TASK, shared / "models"), data, macro, out=rq, recipe=recipe, preprocess=preprocess, twin=False, force=True)
     return result, rqtool.export_onnx(rq, data=data, images=images, force=True).report
 
 
@@ -45,12 +45,13 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--train", type=int, default=2000)
+    parser.add_argument("--pack", default="rows")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("build/prove"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     started = time.monotonic()
-    result, report = prove(args.shared, args.images, args.train, args.folder)
+    result, report = prove(args.shared, rqtool.Macro(pack=args.pack), args.images, args.train, args.folder)
     levels, batches = ", ".join(report["levels"]), ", ".join(map(str, report["batches"]))
     print(f"top-1       {result.tuned_top1:.2f} % of {result.images} test images by the integer program, {result.float_top1:.2f} % by the float model")
     print(f"agreement   {result.agreement:.2f} % of them get the same class from the network in floating point")
