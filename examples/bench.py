@@ -74,7 +74,8 @@ class Layer:
 
     def __post_init__(self) -> None:
         rng, c, n = np.random.default_rng(0), self.channels, self.size
-        self.plan = Plan.make("layer", Geometry(c, c, (3, 3), padding=(1, 1)), self.macro)
+        order = tuple(np.random.default_rng(1).permutation(9 * c).tolist()) if self.macro.pack == "spread" else None
+        self.plan = Plan.make("layer", Geometry(c, c, (3, 3), padding=(1, 1)), self.macro, order)
         self.codes = np.pad(rng.integers(0, self.macro.q_x + 1, (self.batch, c, n, n)).astype(np.uint8), ((0, 0), (0, 0), (1, 1), (1, 1)))
         self.weight = rng.integers(-self.macro.q_w, self.macro.q_w + 1, (c, 9 * c)).astype(np.int32)
         self.gy = rng.standard_normal((self.batch, c, n, n)).astype(np.float32)
@@ -168,7 +169,7 @@ def layer_step(threads: int, repeats: int) -> list[Row]:
 
 
 PLANS = {
-    "uniform, signed": {}, "step per column": {"granularity": "column"}, "step per tile": {"granularity": "tile"}, "free levels": {"levels": "free"},
+    "uniform, signed": {}, "step per column": {"granularity": "column"}, "step per tile": {"granularity": "tile"}, "free levels": {"levels": "free"}, "rows spread": {"pack": "spread"},
     "split": {"sign_scheme": "split"}, "offset": {"sign_scheme": "offset"}, "bit-serial inputs": {"dac_bits": 1}, "1-bit cells": {"cell_bits": 1},
 }  # fmt: skip
 
