@@ -571,7 +571,7 @@ def test_chunks_are_all_images_once_and_none_is_small(images, positions, most):
 
 
 def test_compiled_code_is_made_anew_when_any_emitter_changes():
-    kernels = (cpu._forward, cpu._forward16_team, cpu._backward_share, blocks.gather, certify._convert, requant._requant)
+    kernels = (cpu._forward_share, cpu._forward16_share, cpu._backward_share, blocks.gather, certify._convert, requant._requant, threads._team)
     stamps = {kernel._cache._cache_file._source_stamp for kernel in kernels}
     assert stamps == {tuple(n for path in compiled.SOURCES for n in (path.stat().st_mtime, path.stat().st_size))}
     assert {"cpu.py", "blocks.py", "strips.py", "vector.py", "threads.py"} <= {path.name for path in compiled.SOURCES}

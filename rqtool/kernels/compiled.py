@@ -20,3 +20,8 @@ def compiled(function):
     stamps = tuple(path.stat() for path in SOURCES)
     made._cache._cache_file._source_stamp = tuple(n for s in stamps for n in (s.st_mtime, s.st_size))
     return made
+
+
+def inlined(function):
+    """For a function that is a part of one compiled function and is not compiled by itself."""
+    return njit(inline="always", **_FAST)(function)

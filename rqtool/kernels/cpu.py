@@ -16,12 +16,12 @@ from dataclasses import replace
 import numpy as np
 
 from rqtool.kernels import blocks, strips
-from rqtool.kernels.compiled import compiled
+from rqtool.kernels.compiled import compiled, inlined
 from rqtool.kernels.layout import layout_of, offsets_of, packed
 from rqtool.kernels.records import adc_records, sixteen
 from rqtool.kernels.spec import ReadSpec
 from rqtool.kernels.strips import BLOCK, GROUPS, POSITIONS, STRIP, WORD
-from rqtool.kernels.threads import chunks, next_turn, on_threads, team
+from rqtool.kernels.threads import chunks, next_turn, on_threads
 from rqtool.kernels.vector import BYTES, DOT8, LANES
 
 MAX_CHUNKS = 8
@@ -32,7 +32,7 @@ MORE_ROWS = max(rows for rows, _ in GROUPS)  # a step of the gradients may look 
 
 
 # -- a chunk of images -----------------------------------------------------------------------------------------------
-@compiled
+@inlined
 def _forward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images, words, rows, acc, out):
     """Write out [N, O, L] for images[0] .. images[1].
 
@@ -63,7 +63,7 @@ def _forward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images,
             blocks.take_out(acc, g * columns, columns, whole, n_whole, out)
 
 
-@compiled
+@inlined
 def _forward16(x, offsets, group_size, tiles, w, adcs, form, period, shape, images, words, acc16, acc, out):
     """The same in 16 bits: adcs: ADC16, BUCKETS16 or LEVELS16 records [groups, T, ..]; `period` tiles cannot overflow, then their sum is moved to acc int32."""
     size, columns = shape[0] * shape[1], out.shape[1] // w.shape[0]
@@ -86,7 +86,7 @@ def _forward16(x, offsets, group_size, tiles, w, adcs, form, period, shape, imag
             blocks.take_out(acc, g * columns, columns, whole, n_whole, out)
 
 
-@compiled
+@inlined
 def _backward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images, words, rows, back, steps, live, grad, d, drows, gy, dx, dw, sums):
     """Add the gradients of images[0] .. images[1] to dx (like x, float32), dw (as in `Layout`) and sums [groups, T, 2, padded columns].
 
@@ -124,8 +124,8 @@ def _backward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images
 
 
 # -- a share: what one thread does ---------------------------------------------------------------------------------------
-# bounds: int64 [chunks + 1], the images at which chunks begin and end; codes, pad: as for `blocks.fill`; the rest as for a chunk. Scratch is
-# allocated by the thread that uses it: memory next to another thread's was measured to cost a quarter of the speed.
+# bounds: int64 [chunks + 1], the images at which chunks begin and end; codes, pad: as for `blocks.fill`; room: bytes of the largest chunk; the rest
+# as for a chunk. Scratch is allocated by the thread that uses it: memory next to another thread's was measured to cost a quarter of the speed.
 @compiled
 def _scratch(rows, columns, kind):
     """Zeros that start at a whole vector."""
@@ -135,15 +135,9 @@ def _scratch(rows, columns, kind):
 
 
 @compiled
-def _room(bounds, image):
-    """For the padded images of any chunk."""
-    return np.empty(np.diff(bounds).max() * image + 2 * BYTES, np.uint8)
-
-
-@compiled
-def _forward_share(turn, bounds, codes, pad, offsets, group_size, tiles, w, adcs, draws, form, shape, out):
+def _forward_share(turn, bounds, codes, pad, room, offsets, group_size, tiles, w, adcs, draws, form, shape, out):
     words, acc = _scratch(offsets.size // WORD, POSITIONS + LANES, np.int32), _scratch(adcs.shape[2], POSITIONS, np.float32)
-    rows, x = _scratch(offsets.size if form < DOT8_FORMS else 0, POSITIONS, np.float32), _room(bounds, shape[4])
+    rows, x = _scratch(offsets.size if form < DOT8_FORMS else 0, POSITIONS, np.float32), np.empty(room, np.uint8)
     chunk = next_turn(turn.ctypes.data)
     while chunk + 1 < bounds.size:
         images = (bounds[chunk], bounds[chunk + 1])
@@ -153,9 +147,9 @@ def _forward_share(turn, bounds, codes, pad, offsets, group_size, tiles, w, adcs
 
 
 @compiled
-def _forward16_share(turn, bounds, codes, pad, offsets, group_size, tiles, w, adcs, form, period, shape, padded, out):
+def _forward16_share(turn, bounds, codes, pad, room, offsets, group_size, tiles, w, adcs, form, period, shape, padded, out):
     words = _scratch(offsets.size // WORD, POSITIONS + LANES, np.int32)
-    acc16, acc, x = _scratch(padded, POSITIONS, np.int16), _scratch(padded, POSITIONS, np.int32), _room(bounds, shape[4])
+    acc16, acc, x = _scratch(padded, POSITIONS, np.int16), _scratch(padded, POSITIONS, np.int32), np.empty(room, np.uint8)
     chunk = next_turn(turn.ctypes.data)
     while chunk + 1 < bounds.size:
         images = (bounds[chunk], bounds[chunk + 1])
@@ -165,34 +159,22 @@ def _forward16_share(turn, bounds, codes, pad, offsets, group_size, tiles, w, ad
 
 
 @compiled
-def _backward_share(turn, bounds, codes, pad, offsets, group_size, tiles, w, adcs, draws, form, shape, back, steps, live, gy, dx, dw, sums):
+def _backward_share(turn, bounds, codes, pad, room, offsets, group_size, tiles, w, adcs, draws, form, shape, back, steps, live, gy, dx, dw, sums):
     padded, n_rows = adcs.shape[2], offsets.size + MORE_ROWS
     words, rows, drows = _scratch(offsets.size // WORD, BLOCK + LANES, np.int32), _scratch(n_rows, BLOCK, np.float32), _scratch(n_rows, BLOCK, np.float32)
     grad, d = _scratch(padded, BLOCK, np.float32), _scratch(padded, BLOCK, np.float32)
-    x, own_dw, own_sums = _room(bounds, shape[4]), _scratch(dw.shape[1], dw.shape[2], np.float32), np.zeros_like(sums[0])
+    x, own_dw, own_sums = np.empty(room, np.uint8), _scratch(dw.shape[1], dw.shape[2], np.float32), np.empty(sums.shape[1:], np.float32)
+    dw_bytes, sums_bytes = 4 * own_dw.size, 4 * own_sums.size
     chunk = next_turn(turn.ctypes.data)
     while chunk + 1 < bounds.size:
         images = (bounds[chunk], bounds[chunk + 1])
         blocks.fill(codes, pad, images, x)
-        own_dw[:], own_sums[:] = 0, 0
+        strips.repeat(own_dw.ctypes.data, 0, dw_bytes)
+        strips.repeat(own_sums.ctypes.data, 0, sums_bytes)
         _backward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images, words, rows, back, steps, live, grad, d, drows, gy, dx, own_dw, own_sums)
-        dw[chunk], sums[chunk] = own_dw, own_sums
+        strips.copy(dw[chunk].ctypes.data, own_dw.ctypes.data, dw_bytes)
+        strips.copy(sums[chunk].ctypes.data, own_sums.ctypes.data, sums_bytes)
         chunk = next_turn(turn.ctypes.data)
-
-
-@compiled
-def _forward_team(address, threads, arguments):
-    team(address, threads, _forward_share, arguments)
-
-
-@compiled
-def _forward16_team(address, threads, arguments):
-    team(address, threads, _forward16_share, arguments)
-
-
-@compiled
-def _backward_team(address, threads, arguments):
-    team(address, threads, _backward_share, arguments)
 
 
 # -- numpy in, numpy out ---------------------------------------------------------------------------------------------
@@ -225,7 +207,10 @@ class _Input:
         image = g.channels * shape[2] * shape[3]
         self.out = replace(g, padding=(0, 0)).out_size(*shape[2:])
         self.shape = (*self.out, *g.stride, image, shape[3])
-        self.common = (np.ascontiguousarray(x, np.uint8), (pad, down, right), offsets_of(g, spec.tiles, spec.order, *shape[2:]), image // g.groups)
+        self.bounds = chunks(len(x), self.out[0] * self.out[1], MAX_CHUNKS)
+        room = int(np.diff(self.bounds).max()) * image + 2 * BYTES
+        codes, offsets = np.ascontiguousarray(x, np.uint8), offsets_of(g, spec.tiles, spec.order, *shape[2:])
+        self.common = (np.zeros(1, np.int64), self.bounds, codes, (pad, down, right), room, offsets, image // g.groups)
 
 
 def forward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, threads: int, *, dot8: bool = True, dtype: type = np.float32) -> np.ndarray:
@@ -240,12 +225,11 @@ def run(prepared: Prepared, x: np.ndarray, threads: int, *, pad: int = 0, dtype:
     """
     spec, given = prepared.spec, _Input(x, prepared.spec, pad)
     out = np.empty((x.shape[0], spec.geometry.columns, given.out[0] * given.out[1]), dtype)
-    bounds, in16 = chunks(x.shape[0], out.shape[2], MAX_CHUNKS), prepared.sixteen
-    common = (np.zeros(1, np.int64), bounds, *given.common, prepared.tiles, prepared.w)
+    common, in16 = (*given.common, prepared.tiles, prepared.w), prepared.sixteen
     if in16:
-        on_threads(_forward16_team, (*common, in16.adcs, in16.form, in16.period, given.shape, prepared.padded, out), threads)
+        on_threads(_forward16_share, (*common, in16.adcs, in16.form, in16.period, given.shape, prepared.padded, out), threads)
     else:
-        on_threads(_forward_team, (*common, prepared.adcs, prepared.draws, prepared.form, given.shape, out), threads)
+        on_threads(_forward_share, (*common, prepared.adcs, prepared.draws, prepared.form, given.shape, out), threads)
     return out.reshape(*out.shape[:2], *given.out)
 
 
@@ -260,12 +244,10 @@ def backward(x: np.ndarray, weight: np.ndarray, spec: ReadSpec, gy: np.ndarray, 
     flat, layout = np.ascontiguousarray(gy).reshape(*gy.shape[:2], -1), prepared.layout
     back = packed(weight, spec, layout.back, np.float32)
     dx = np.zeros(x.shape, np.float32)
-
-    bounds = chunks(x.shape[0], flat.shape[2], MAX_CHUNKS)
-    dw = np.empty((len(bounds) - 1, g.groups, layout.dw_size), np.float32)
-    sums = np.empty((len(bounds) - 1, *prepared.adcs.shape[:2], 2, prepared.padded), np.float32)
-    common = (np.zeros(1, np.int64), bounds, *given.common, prepared.tiles, prepared.w, prepared.adcs, prepared.draws, prepared.form, given.shape)
-    on_threads(_backward_team, (*common, back, layout.steps, layout.live, flat, dx.reshape(-1), dw, sums), threads)
+    count = len(given.bounds) - 1
+    dw, sums = np.empty((count, g.groups, layout.dw_size), np.float32), np.empty((count, *prepared.adcs.shape[:2], 2, prepared.padded), np.float32)
+    common = (*given.common, prepared.tiles, prepared.w, prepared.adcs, prepared.draws, prepared.form, given.shape)
+    on_threads(_backward_share, (*common, back, layout.steps, layout.live, flat, dx.reshape(-1), dw, sums), threads)
     dw, sums = sum(dw), sum(sums)  # chunk after chunk, in this order
     dstep, dzero = sums[..., : g.group_columns].transpose(2, 1, 0, 3).reshape(2, len(spec.tiles), g.columns)
     return dx, dw[:, layout.dw].reshape(g.columns, g.rows), dstep, dzero

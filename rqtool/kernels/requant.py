@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rqtool.kernels.compiled import compiled
-from rqtool.kernels.threads import chunks, next_turn, on_threads, team
+from rqtool.kernels.threads import chunks, next_turn, on_threads
 
 
 @compiled
@@ -38,11 +38,6 @@ def _share(turn, bounds, xs, mults, add, shift, lo, hi, out):
         chunk = next_turn(turn.ctypes.data)
 
 
-@compiled
-def _team(address, threads, arguments):
-    team(address, threads, _share, arguments)
-
-
 def requant(xs: list[np.ndarray], mults: list[np.ndarray], add: np.ndarray, shift: int, lo: int, hi: int, dtype: type, threads: int) -> np.ndarray:
     """[N, ..] of `dtype`: clamp((add + sum of x * mult) >> shift, lo, hi) in int32, which must not overflow.
 
@@ -56,5 +51,5 @@ def requant(xs: list[np.ndarray], mults: list[np.ndarray], add: np.ndarray, shif
     out = np.empty(flat[0].shape, dtype)
     whole = [np.int32(n) for n in (shift, lo, hi)]
     bounds = chunks(shape[0], out[0].size, threads)
-    on_threads(_team, (np.zeros(1, np.int64), bounds, flat, table[:-1], table[-1], *whole, out), threads)
+    on_threads(_share, (np.zeros(1, np.int64), bounds, flat, table[:-1], table[-1], *whole, out), threads)
     return out.reshape(shape)

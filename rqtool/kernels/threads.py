@@ -10,13 +10,15 @@ import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import typeof, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from rqtool.kernels.compiled import compiled
 from rqtool.kernels.strips import BLOCK
 
 
@@ -40,13 +42,38 @@ def chunks(images: int, positions: int, most: int) -> np.ndarray:
     return images * np.arange(count + 1) // count
 
 
-def on_threads(region: Callable, arguments: tuple, threads: int) -> None:
-    """Call region(address, threads, arguments), compiled and without Python's lock, which calls `team` with a share that divides the work by
-    `next_turn`; without OpenMP, on threads of our own."""
+def on_threads(share: Callable, arguments: tuple, threads: int) -> None:
+    """Run share(*arguments), compiled, on so many threads at once; it divides the work by `next_turn`, and must not raise.
+
+    arguments: arrays, tuples of arrays or of numbers, numbers.
+    """
+    code = _machine_code(share, arguments)
     if threads > 1 and not openmp():
-        list(_pool(threads).map(lambda _: region(0, 1, arguments), range(threads)))
+        list(_pool(threads).map(lambda _: _team(0, 1, code, arguments), range(threads)))
     else:
-        region(openmp(), threads, arguments)
+        _team(openmp(), threads, code, arguments)
+
+
+_CODES: dict[tuple, int] = {}
+
+
+def _kind(a: Any) -> Any:
+    """What machine code for an argument depends on."""
+    if isinstance(a, np.ndarray):
+        return a.dtype, a.ndim, a.flags.c_contiguous
+    return tuple(map(_kind, a)) if isinstance(a, tuple) else type(a)
+
+
+def _machine_code(share: Callable, arguments: tuple) -> int:
+    """The address of a compiled function for arguments like these. It is called by address, because numba would compile everything that
+    a function calls by name once more, with that function."""
+    key = share, _kind(arguments)
+    if key not in _CODES:
+        kinds = tuple(map(typeof, arguments))
+        share.compile(kinds)
+        made = share.overloads[kinds]
+        _CODES[key] = made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
+    return _CODES[key]
 
 
 @intrinsic
@@ -61,25 +88,23 @@ def next_turn(typing, address):
 
 
 @intrinsic
-def team(typing, address, threads, share, arguments):
-    """Call the compiled function `share` with a tuple of arguments on so many threads, and wait for all; it must not raise.
-
-    address: of `GOMP_parallel`; it is not used for one thread.
-    """
-    signature = share.get_call_type(typing, arguments.types, {})
+def _together(typing, address, threads, code, arguments):
+    """Call the compiled function at `code` with a tuple of arguments on so many threads of `GOMP_parallel` at `address`, and wait for all."""
 
     def emit(context, builder, _, args):
-        pointer, i32 = cgutils.voidptr_t, ir.IntType(32)
+        pointer, i32, convention = cgutils.voidptr_t, ir.IntType(32), context.call_conv
+        tuple_at, code_at = (cgutils.alloca_once_value(builder, args[n]) for n in (3, 2))
+        both = cgutils.pack_struct(builder, [tuple_at, code_at])
         body = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [pointer]), builder.module.get_unique_name(f"{builder.function.name}.share"))
         body.linkage = "internal"
         inside = ir.IRBuilder(body.append_basic_block())
-        given = inside.load(inside.bitcast(body.args[0], args[3].type.as_pointer()))
-        made = share.dispatcher.overloads[signature.args]
-        context.active_code_library.add_linking_library(made.library)
-        context.call_internal_no_propagate(inside, made.fndesc, signature, cgutils.unpack_tuple(inside, given))
+        given_at, code_at = cgutils.unpack_tuple(inside, inside.load(inside.bitcast(body.args[0], both.type.as_pointer())))
+        kind = convention.get_function_type(types.none, arguments.types)
+        share = inside.inttoptr(inside.load(code_at), kind.as_pointer())
+        convention.call_function(inside, share, types.none, arguments.types, cgutils.unpack_tuple(inside, inside.load(given_at)))
         inside.ret_void()
         start = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [body.type, pointer, i32, i32]).as_pointer())
-        shared = builder.bitcast(cgutils.alloca_once_value(builder, args[3]), pointer)
+        shared = builder.bitcast(cgutils.alloca_once_value(builder, both), pointer)
         with builder.if_else(builder.icmp_signed("<=", args[1], args[1].type(1))) as (alone, together):
             with alone:
                 builder.call(body, [shared])
@@ -87,4 +112,9 @@ def team(typing, address, threads, share, arguments):
                 builder.call(start, [body, shared, builder.trunc(args[1], i32), i32(0)])
         return context.get_dummy_value()
 
-    return types.void(address, threads, share, arguments), emit
+    return types.void(address, threads, code, arguments), emit
+
+
+@compiled
+def _team(address, threads, code, arguments):
+    _together(address, threads, code, arguments)
