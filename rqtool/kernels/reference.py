@@ -84,8 +84,9 @@ class Tiles:
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """[groups, K, n * L] of a chunk of images, a row at each place."""
         g = self.geometry
-        rows = F.unfold(x, g.kernel, g.dilation, 0, g.stride).view(x.shape[0], g.groups, g.rows, -1)
-        return _placed(rows.permute(1, 2, 0, 3).reshape(g.groups, g.rows, -1), self.spec, dim=1)
+        (n, c, h, w), (down, right), (dh, dw) = x.stride(), g.stride, g.dilation
+        seen = x.as_strided((x.shape[1], *g.kernel, x.shape[0], *_positions(x, self.spec)), (c, dh * h, dw * w, n, down * h, right * w), x.storage_offset())
+        return _placed(seen.reshape(g.groups, g.rows, -1), self.spec, dim=1)  # one copy; F.unfold makes another order, and a second copy
 
     def partial_sums(self, rows: torch.Tensor, t: int, out: torch.Tensor | None = None) -> torch.Tensor:
         start, stop = self.spec.tiles[t]
