@@ -29,6 +29,7 @@ from rqtool.model.load import RECORDS, Record, state_of
 from rqtool.program.freeze import Norm
 from rqtool.program.run import Runner
 from rqtool.train.frozen import lower
+from rqtool.train.rewrite import read_layers
 from rqtool.train.served import Served
 
 CALIBRATED = Recipe(epochs=0, calibration_images=32)
@@ -142,6 +143,18 @@ def test_a_file_is_trained_on(made, tmp_path):
     saved = checkpoint.load(tmp_path / "t.rq")
     assert saved.results == result.to_json() and saved.recipe == result.recipe.to_dict() and saved.macro == first.macro
     assert rqtool.verify(tmp_path / "t.rq")["integers"] > 0
+
+
+def test_rows_that_are_spread_stay_where_they_are(tmp_path):
+    made = rqtool.quantize(net(), DATA, Macro(pack="spread", wl=7), recipe=Recipe(epochs=1, batch=20), out=tmp_path / "m.rq")
+    assert rqtool.evaluate(tmp_path / "m.rq", DATA).top1 == made.tuned_top1 and made.agreement == 100
+    assert rqtool.evaluate(tmp_path / "m.rq", DATA, adc="ideal").macro.ideal
+    rqtool.train_more(tmp_path / "m.rq", DATA, out=tmp_path / "t.rq", recipe={"epochs": 1})
+    files = [checkpoint.load(tmp_path / name) for name in ("m.rq", "t.rq")]
+    orders = [{op.attrs["layer"]: saved.program.plan(op).order for op in saved.program.reads()} for saved in files]
+    assert orders[0] == orders[1] and all(order != tuple(sorted(order)) for order in orders[0].values())
+    assert orders[0] == {name: layer.plan.order for name, layer in read_layers(files[1].network).items()}
+    assert rqtool.export_onnx(tmp_path / "t.rq", data=DATA, images=5).report["integers"] > 0
 
 
 def test_no_more_epochs_keep_the_network_as_it_is(made, tmp_path):
