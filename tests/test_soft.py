@@ -89,18 +89,24 @@ def explicit_mean(layer, x: torch.Tensor, w: torch.Tensor, log_step: torch.Tenso
     return y - macro.weight_offset * layer.input_sum(x.float()).double() if macro.weight_offset else y
 
 
-@pytest.mark.parametrize("tau", [0.1, 0.3])
-@pytest.mark.parametrize("name", MACROS)
-def test_a_layer_s_reads_and_gradients_are_those_of_plain_autograd(name, tau):
-    macro, g = MACROS[name], Geometry(2, 4, (3, 3))
+def went_through(macro: Macro, g: Geometry, relaxation: Relaxation) -> tuple:
+    """(layer, codes x, weights w, a gradient float64 [3, 4, 4, 5], the reads y) after both passes."""
     layer = layer_of(macro, g).train()
-    layer.relaxation = Relaxation(tau, 1, "mean")
+    layer.relaxation = relaxation
     rng = np.random.default_rng(5)
     x = torch.from_numpy(rng.integers(0, macro.q_x + 1, (3, 2, 6, 7))).float().requires_grad_()
     w = torch.from_numpy(rng.integers(-macro.q_w, macro.q_w + 1, (4, 18))).float().requires_grad_()
     gy = torch.from_numpy(rng.standard_normal((3, 4, 4, 5)))
     y = layer.read(x, w)
     (y * gy.float()).sum().backward()
+    return layer, x, w, gy, y
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.3])
+@pytest.mark.parametrize("name", MACROS)
+def test_a_layer_s_reads_and_gradients_are_those_of_plain_autograd(name, tau):
+    macro, g = MACROS[name], Geometry(2, 4, (3, 3))
+    layer, x, w, gy, y = went_through(macro, g, Relaxation(tau, 1, "mean"))
     wide = [a.detach().double().requires_grad_() for a in (x, w, layer.log_step)]
     expected = explicit_mean(layer, *wide, tau)
     (expected * gy).sum().backward()
@@ -181,14 +187,7 @@ def test_gumbel_reads_and_gradients_are_those_of_plain_autograd(name, tau, monke
     monkeypatch.setattr(reference, "TILE_VALUES", 100)
     monkeypatch.setattr(soft, "GumbelTiles", Recorded)
     macro, g = replace(MACROS[name], dac_bits=None, cell_bits=None, sign_scheme="signed", codebook="twos"), Geometry(2, 4, (3, 3))
-    layer = layer_of(macro, g).train()
-    layer.relaxation = Relaxation(tau, 1, "gumbel")
-    rng = np.random.default_rng(5)
-    x = torch.from_numpy(rng.integers(0, macro.q_x + 1, (3, 2, 6, 7))).float().requires_grad_()
-    w = torch.from_numpy(rng.integers(-macro.q_w, macro.q_w + 1, (4, 18))).float().requires_grad_()
-    gy = torch.from_numpy(rng.standard_normal((3, 4, 4, 5)))
-    y = layer.read(x, w)
-    (y * gy.float()).sum().backward()
+    layer, x, w, gy, y = went_through(macro, g, Relaxation(tau, 1, "gumbel"))
     xs, ws, log_step = (a.detach().double().requires_grad_() for a in (x, w, layer.log_step))
     numbers, real = layer.adc(), log_step.exp()
     step, out = (real + (numbers.step - real).detach()).expand(len(layer.plan.tiles), 4), 0

@@ -43,7 +43,7 @@ def chunks(images: int, positions: int, most: int) -> np.ndarray:
 
 
 def on_threads(share: Callable, arguments: tuple, threads: int) -> None:
-    """Run share(*arguments), compiled, on so many threads at once; it divides the work by `next_turn`, and must not raise.
+    """Run share(*arguments), compiled, on so many threads at once; it divides the work by `turns`, and must not raise.
 
     arguments: arrays, tuples of arrays or of numbers, numbers.
     """
@@ -85,6 +85,15 @@ def next_turn(typing, address):
         return builder.atomic_rmw("add", place, ir.IntType(64)(1), "monotonic")
 
     return types.int64(types.intp), emit
+
+
+@compiled
+def turns(counter, count):
+    """The numbers below `count` that no other thread has taken yet. counter: int64 [1], one for all threads."""
+    turn = next_turn(counter.ctypes.data)
+    while turn < count:
+        yield turn
+        turn = next_turn(counter.ctypes.data)
 
 
 @intrinsic
