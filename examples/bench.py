@@ -289,13 +289,22 @@ def epoch(threads: int, repeats: int) -> list[Row]:
 
 
 def memory(threads: int, repeats: int) -> list[Row]:
-    """Peak resident memory of three steps, each in a process of its own."""
-    peaks = {}
-    for form in ("float", "through the ADC, hard", "through the ADC, relaxed"):
-        command = [sys.executable, __file__, "--peak", form, "--threads", str(threads)]
-        peaks[form] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    base = peaks.pop("float")
-    return [{"setting": "ResNet-20, batch 128, wl 9", "threads": threads, "form": n, "mb_above_float": round(p - base, 1), "float_mb": round(base, 1)} for n, p in peaks.items()]
+    """Peak resident memory of three steps, the median over processes of their own, forms in turn: what glibc keeps of freed memory differs from one
+    process to the next by more than a step does, so it is measured once more with an allocator that gives it back at once."""
+    settings = {"": (repeats, {}), ", freed memory given back at once": (min(repeats, 3), {"MALLOC_TRIM_THRESHOLD_": "1000000"})}
+    rows = []
+    for setting, (times, env) in settings.items():
+        peaks: dict[str, list[float]] = {"float": [], "through the ADC, hard": [], "through the ADC, relaxed": []}
+        for _ in range(times):
+            for form, found in peaks.items():
+                command = [sys.executable, __file__, "--peak", form, "--threads", str(threads)]
+                found.append(float(subprocess.run(command, env={**os.environ, **env}, check=True, capture_output=True, text=True).stdout))
+        base = median(peaks.pop("float"))
+        rows += [
+            {"setting": f"ResNet-20, batch 128, wl 9{setting}", "threads": threads, "form": n, "mb_above_float": round(median(p) - base, 1), "float_mb": round(base, 1), "peaks_mb": p}
+            for n, p in peaks.items()
+        ]
+    return rows
 
 
 def peak(form: str) -> float:
