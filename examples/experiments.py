@@ -1,6 +1,7 @@
 """Run the experiments behind docs/results.md: one row a job and seed, resumable, each finished row kept.
 
-    python examples/experiments.py --shared DIR [--only PATTERN ...] [--seeds 3] [--jobs N] [--threads N] [--rows DIR] [--list]
+    python examples/experiments.py --shared DIR [--only PATTERN ...] [--seeds 3] [--jobs N] [--threads N] [--rows DIR]
+    python examples/experiments.py --list [--only PATTERN ...]
 
 DIR holds data/mnist.npz, data/fashion_mnist.npz, data/cifar10_jpeg75.npz, models/reference_models.py and the weights beside it. PATTERNs
 name jobs as a shell names files ("mnist-*"). A finished row is a JSON file in --rows (default docs/results) named after job and seed; delete
@@ -118,7 +119,7 @@ def run_seed(names: list[str], seed: int, threads: int, shared: Path, rows: Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, required=True)
+    parser.add_argument("--shared", type=Path, metavar="DIR")
     parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -132,6 +133,8 @@ def main() -> None:
     if args.list:
         print(*names, sep="\n")
         return
+    if not args.shared:
+        parser.error("--shared DIR says where data and models are")
     args.rows.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(run_seed, names, seed, args.threads, args.shared, args.rows) for seed in range(args.seeds)]
