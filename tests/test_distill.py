@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from test_finetune import ADD, FEW_BITS, HELD, MULT, RECIPE, TRAIN, WORST, float_network, started
@@ -39,9 +40,10 @@ def test_the_weight_shares_out_the_loss():
     scores = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
     told = network.eval()(x).detach()
     alone = F.cross_entropy(scores, labels)
-    assert torch.equal(Teacher(network, 0.0, 2.0).loss(scores, x, labels), alone)
-    assert torch.equal(Teacher(network, 1.0, 2.0).loss(scores, x, labels), divergence(scores, told, 2.0))
-    mixed = Teacher(network, 0.25, 2.0).loss(scores, x, labels)
+    assert torch.equal(Teacher(network, 0.5, 2.0).scores(x, np.arange(16)), told)
+    assert torch.equal(Teacher(network, 0.0, 2.0).loss(scores, labels, told), alone)
+    assert torch.equal(Teacher(network, 1.0, 2.0).loss(scores, labels, told), divergence(scores, told, 2.0))
+    mixed = Teacher(network, 0.25, 2.0).loss(scores, labels, told)
     assert mixed.item() == pytest.approx((0.75 * alone + 0.25 * divergence(scores, told, 2.0)).item(), rel=1e-6)
 
 
@@ -51,7 +53,8 @@ def test_the_teacher_runs_in_eval_mode_and_learns_nothing():
     network.train()  # whoever had it before
     state = {name: value.clone() for name, value in network.state_dict().items()}
     scores = torch.zeros(8, 4, requires_grad=True)
-    Teacher(network, 0.5, 2.0).loss(scores, TRAIN.real(slice(8)), TRAIN.labels(slice(8))).backward()
+    teacher = Teacher(network, 0.5, 2.0)
+    teacher.loss(scores, TRAIN.labels(slice(8)), teacher.scores(TRAIN.real(slice(8)), np.arange(8))).backward()
     assert scores.grad is not None and all(p.grad is None for p in network.layer("6").parameters())
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from test_api import DATA, net
@@ -72,6 +73,19 @@ def test_the_float_network_teaches_both(trainings):
     assert [(t["ideal"], t["teacher"].network is s.job.network, t["teacher"].weight, t["teacher"].temperature) for t in trainings] == [
         (False, True, 0.7, 3.0), (True, True, 0.7, 3.0)
     ]  # fmt: skip
+
+
+def test_a_teacher_is_asked_once_for_each_image(monkeypatch):
+    """For both networks it teaches; anew in each step where images are moved, or where they are too many to keep what it says."""
+    s, _, _ = ran(replace(QUICK, teacher="float", epochs=2))
+    teacher, index = s.float_teacher, np.array([3, 300, 5])
+    assert torch.equal(teacher.told, torch.cat([s.job.network(x) for x in TRAIN.batches(250)])) and s.progress.names.count("the teacher's scores") == 1
+    assert torch.equal(teacher.scores(torch.full_like(TRAIN.real(index), torch.nan), index), teacher.told[index])
+    moved = stages(replace(QUICK, teacher="float", augment="shift"))
+    assert moved.float_teacher.told is None and not moved.progress.names
+    assert torch.allclose(moved.float_teacher.scores(TRAIN.real(index), index), teacher.told[index], atol=1e-5)
+    monkeypatch.setattr(module, "TOLD_VALUES", len(TRAIN) * 4 - 1)
+    assert stages(replace(QUICK, teacher="float")).float_teacher.told is None
 
 
 def test_the_twin_is_trained_first_where_it_teaches(trainings):

@@ -21,7 +21,7 @@ from rqtool.kernels.layout import layout_of, offsets_of, packed
 from rqtool.kernels.records import adc_records, sixteen
 from rqtool.kernels.spec import ReadSpec
 from rqtool.kernels.strips import BLOCK, GROUPS, POSITIONS, STRIP, WORD
-from rqtool.kernels.threads import chunks, on_threads, turns
+from rqtool.kernels.threads import chunks, next_turn, on_threads
 from rqtool.kernels.vector import BYTES, DOT8, LANES
 
 MAX_CHUNKS = 8
@@ -124,7 +124,7 @@ def _backward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images
 
 
 # -- a share: what one thread does ---------------------------------------------------------------------------------------
-# counter: as for `turns`; bounds: int64 [chunks + 1], the images at which chunks begin and end; codes, pad: as for `blocks.fill`; room: bytes of the
+# counter: as for `next_turn`; bounds: int64 [chunks + 1], the images at which chunks begin and end; codes, pad: as for `blocks.fill`; room: bytes of the
 # largest chunk; the rest as for a chunk. Scratch is allocated by the thread that uses it: memory next to another thread's was measured to cost a
 # quarter of the speed.
 @compiled
@@ -139,20 +139,24 @@ def _scratch(rows, columns, kind):
 def _forward_share(counter, bounds, codes, pad, room, offsets, group_size, tiles, w, adcs, draws, form, shape, out):
     words, acc = _scratch(offsets.size // WORD, POSITIONS + LANES, np.int32), _scratch(adcs.shape[2], POSITIONS, np.float32)
     rows, x = _scratch(offsets.size if form < DOT8_FORMS else 0, POSITIONS, np.float32), np.empty(room, np.uint8)
-    for chunk in turns(counter, bounds.size - 1):
+    chunk = next_turn(counter)
+    while chunk < bounds.size - 1:
         images = (bounds[chunk], bounds[chunk + 1])
         blocks.fill(codes, pad, images, x)
         _forward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images, words, rows, acc, out)
+        chunk = next_turn(counter)
 
 
 @compiled
 def _forward16_share(counter, bounds, codes, pad, room, offsets, group_size, tiles, w, adcs, form, period, shape, padded, out):
     words = _scratch(offsets.size // WORD, POSITIONS + LANES, np.int32)
     acc16, acc, x = _scratch(padded, POSITIONS, np.int16), _scratch(padded, POSITIONS, np.int32), np.empty(room, np.uint8)
-    for chunk in turns(counter, bounds.size - 1):
+    chunk = next_turn(counter)
+    while chunk < bounds.size - 1:
         images = (bounds[chunk], bounds[chunk + 1])
         blocks.fill(codes, pad, images, x)
         _forward16(x, offsets, group_size, tiles, w, adcs, form, period, shape, images, words, acc16, acc, out)
+        chunk = next_turn(counter)
 
 
 @compiled
@@ -162,7 +166,8 @@ def _backward_share(counter, bounds, codes, pad, room, offsets, group_size, tile
     grad, d = _scratch(padded, BLOCK, np.float32), _scratch(padded, BLOCK, np.float32)
     x, own_dw, own_sums = np.empty(room, np.uint8), _scratch(dw.shape[1], dw.shape[2], np.float32), np.empty(sums.shape[1:], np.float32)
     dw_bytes, sums_bytes = 4 * own_dw.size, 4 * own_sums.size
-    for chunk in turns(counter, bounds.size - 1):
+    chunk = next_turn(counter)
+    while chunk < bounds.size - 1:
         images = (bounds[chunk], bounds[chunk + 1])
         blocks.fill(codes, pad, images, x)
         strips.repeat(own_dw.ctypes.data, 0, dw_bytes)
@@ -170,6 +175,7 @@ def _backward_share(counter, bounds, codes, pad, room, offsets, group_size, tile
         _backward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images, words, rows, back, steps, live, grad, d, drows, gy, dx, own_dw, own_sums)
         strips.copy(dw[chunk].ctypes.data, own_dw.ctypes.data, dw_bytes)
         strips.copy(sums[chunk].ctypes.data, own_sums.ctypes.data, sums_bytes)
+        chunk = next_turn(counter)
 
 
 # -- numpy in, numpy out ---------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rqtool.kernels.compiled import compiled
-from rqtool.kernels.threads import chunks, on_threads, turns
+from rqtool.kernels.threads import chunks, next_turn, on_threads
 
 
 @compiled
@@ -32,8 +32,10 @@ def _requant(xs, mults, add, shift, lo, hi, images, out):
 
 @compiled
 def _share(counter, bounds, xs, mults, add, shift, lo, hi, out):
-    for chunk in turns(counter, bounds.size - 1):
+    chunk = next_turn(counter)
+    while chunk < bounds.size - 1:
         _requant(xs, mults, add, shift, lo, hi, (bounds[chunk], bounds[chunk + 1]), out)
+        chunk = next_turn(counter)
 
 
 def requant(xs: list[np.ndarray], mults: list[np.ndarray], add: np.ndarray, shift: int, lo: int, hi: int, dtype: type, threads: int) -> np.ndarray:

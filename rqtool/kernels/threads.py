@@ -18,7 +18,7 @@ from numba import typeof, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from rqtool.kernels.compiled import compiled
+from rqtool.kernels.compiled import compiled, inlined
 from rqtool.kernels.strips import BLOCK
 
 
@@ -43,7 +43,7 @@ def chunks(images: int, positions: int, most: int) -> np.ndarray:
 
 
 def on_threads(share: Callable, arguments: tuple, threads: int) -> None:
-    """Run share(*arguments), compiled, on so many threads at once; it divides the work by `turns`, and must not raise.
+    """Run share(*arguments), compiled, on so many threads at once; it divides the work by `next_turn`, and must not raise.
 
     arguments: arrays, tuples of arrays or of numbers, numbers.
     """
@@ -77,7 +77,7 @@ def _machine_code(share: Callable, arguments: tuple) -> int:
 
 
 @intrinsic
-def next_turn(typing, address):
+def _take(typing, address):
     """The int64 at an address, which is one more afterwards; no two threads get the same."""
 
     def emit(context, builder, signature, args):
@@ -87,13 +87,11 @@ def next_turn(typing, address):
     return types.int64(types.intp), emit
 
 
-@compiled
-def turns(counter, count):
-    """The numbers below `count` that no other thread has taken yet. counter: int64 [1], one for all threads."""
-    turn = next_turn(counter.ctypes.data)
-    while turn < count:
-        yield turn
-        turn = next_turn(counter.ctypes.data)
+@inlined
+def next_turn(counter):
+    """A number that no other thread gets, from 0 upwards. counter: int64 [1] at 0, one for all threads. (A generator would read better, but
+    numba cannot compile a caller of one that came from the cache.)"""
+    return _take(counter.ctypes.data)
 
 
 @intrinsic

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -29,14 +30,19 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float)
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained network whose scores are to be matched. weight: its share of the loss, 0 to 1; temperature: T above."""
+    """A trained network whose scores are to be matched. weight: its share of the loss, 0 to 1; temperature: T above. told: its scores
+    float32 [images, classes] of all training images, where they are shown as they are; None where it is asked anew in each step."""
 
     network: Network
     weight: float
     temperature: float
+    told: torch.Tensor | None = None
 
-    def loss(self, scores: torch.Tensor, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss of the student's scores [N, classes] for real-valued images x; the teacher runs in eval mode, without gradient."""
-        with torch.no_grad():
-            told = self.network.eval()(x)
+    @torch.no_grad()
+    def scores(self, x: torch.Tensor, index: np.ndarray) -> torch.Tensor:
+        """float32 [N, classes] for real-valued images x, the training images at `index` [N]; in eval mode, without gradient."""
+        return self.network.eval()(x) if self.told is None else self.told[index]
+
+    def loss(self, scores: torch.Tensor, labels: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+        """The loss of the student's scores [N, classes] where the teacher's are `told`."""
         return (1 - self.weight) * F.cross_entropy(scores, labels) + self.weight * divergence(scores, told, self.temperature)

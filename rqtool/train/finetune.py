@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -243,9 +244,10 @@ def _epoch(
     for step in range(first, first + per_epoch):
         index = np.sort(order[(step - first) * recipe.batch : (step - first + 1) * recipe.batch])
         _prepare(network, optim, recipe, step, total, 0.5**run.roll_backs)
-        x = augmented(train.real(index), recipe.augment, (recipe.seed, step))
+        x, labels = augmented(train.real(index), recipe.augment, (recipe.seed, step)), train.labels(index)
+        loss = partial(teacher.loss, labels=labels, told=teacher.scores(x, index)) if teacher else partial(F.cross_entropy, target=labels)
         try:
-            step_done(_step(network, optim, x, train.labels(index), teacher))
+            step_done(_step(network, optim, x, loss))
         except FloatingPointError as e:
             raise CheckError(f"{e} after {step} of {total} steps; lower --lr {recipe.lr:g}, or check the model's weights and the images") from e
     _quiet(network)
@@ -306,11 +308,11 @@ def _quiet(network: Network) -> None:
         layer.relaxation = None
 
 
-def _step(network: Network, optim: torch.optim.Optimizer, x: torch.Tensor, labels: torch.Tensor, teacher: Teacher | None) -> float:
-    """The loss of a batch, before the step it makes. Raises FloatingPointError, and makes no step, where loss or gradient is no number."""
+def _step(network: Network, optim: torch.optim.Optimizer, x: torch.Tensor, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """The loss of a batch, loss_of(scores), before the step it makes. Raises FloatingPointError, and makes no step, where loss or gradient
+    is no number."""
     optim.zero_grad(set_to_none=True)
-    scores = network(x)
-    loss = F.cross_entropy(scores, labels) if teacher is None else teacher.loss(scores, x, labels)
+    loss = loss_of(network(x))
     if not torch.isfinite(loss):
         raise FloatingPointError("the loss is not a number")
     loss.backward()

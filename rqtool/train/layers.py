@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import product
 from math import floor, log2
 
 import numpy as np
@@ -204,12 +206,11 @@ class ReadLayer(nn.Module):
 
     def over_planes(self, codes: torch.Tensor, weight: torch.Tensor, call: Callable) -> torch.Tensor:
         """The sum over planes of what call(input plane, weight plane, number of the pair) gives."""
-        y, plan = 0, self.plan
-        parts = split_planes(weight, plan.weight_planes)
-        for i, (a, x) in enumerate(zip(plan.input_planes, split_planes(codes, plan.input_planes))):
-            for j, (b, w) in enumerate(zip(plan.weight_planes, parts)):
-                y = y + a.factor * b.factor * call(x, w, i * len(parts) + j)
-        return y
+        plan = self.plan
+        inputs = zip(plan.input_planes, split_planes(codes, plan.input_planes))
+        weights = zip(plan.weight_planes, split_planes(weight, plan.weight_planes))
+        pairs = enumerate(product(inputs, weights))
+        return reduce(torch.add, (times(a.factor * b.factor, call(x, w, pair)) for pair, ((a, x), (b, w)) in pairs))
 
     def accumulators(self, codes: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
         """The whole numbers behind `read` without noise, float64 [N, O, H_out, W_out]: the sum of the reads, and for weights with
@@ -257,6 +258,11 @@ class ReadLayer(nn.Module):
             numbers = self.adc()
             spec = unpadded(make_spec(self.plan, *(t.numpy() for t in (numbers.mult, numbers.zero, numbers.gain))))
         return lambda x, w, pair: table_reads(x, w, spec)
+
+
+def times(factor: float, y: torch.Tensor) -> torch.Tensor:
+    """factor * y, without a pass over memory where that is y."""
+    return y if factor == 1 else factor * y
 
 
 def over_rows(row: np.ndarray, plan: Plan) -> np.ndarray:

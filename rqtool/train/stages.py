@@ -12,18 +12,21 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
+import torch
+
 from rqtool.hardware.macro import Macro
 from rqtool.model.data import Preprocess
 from rqtool.model.network import Network
 from rqtool.program.freeze import Norm
 from rqtool.train.calibrate import calibrate
 from rqtool.train.distill import Teacher
-from rqtool.train.finetune import Candidate, Feed, Recipe, Run, consider_norms, finetune, fitting_network, steps_per_epoch
+from rqtool.train.finetune import EVAL_BATCH, Candidate, Feed, Recipe, Run, consider_norms, finetune, fitting_network, steps_per_epoch
 from rqtool.train.rewrite import read_layers, rewrite
 from rqtool.train.state import Runs
 
 CALIBRATION_VALUES = 1 << 28  # calibration is one pass over all its images, so it may hold more at once than a batch
-IDEAL_STAGE, TWIN, MAIN = "ideal-ADC epochs", "ideal-ADC twin", "fine-tuning"
+TOLD_VALUES = 1 << 26  # scores of a teacher that are kept
+IDEAL_STAGE, TWIN, TEACHER, MAIN = "ideal-ADC epochs", "ideal-ADC twin", "the teacher's scores", "fine-tuning"
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,21 @@ class Stages:
             )
 
     def taught_by(self, network: Network) -> Teacher:
-        return Teacher(network, self.recipe.distill_weight, self.recipe.distill_temperature)
+        """A teacher that is asked once for each image, unless every epoch moves them, or there are too many to keep."""
+        recipe, count = self.recipe, len(self.job.train) * self.job.classes
+        once = recipe.augment == "none" and recipe.epochs + recipe.ideal_epochs > 0 and count <= TOLD_VALUES
+        return Teacher(network, recipe.distill_weight, recipe.distill_temperature, self.told_by(network) if once else None)
+
+    @torch.no_grad()
+    def told_by(self, network: Network) -> torch.Tensor:
+        """float32 [images, classes]: the scores of all training images, in batches that depend on the network alone."""
+        train, size = self.job.train, fitting_network(network, EVAL_BATCH)
+        with self.progress.stage(TEACHER, -(-len(train) // size)) as done:
+            scores = []
+            for x in train.batches(size):
+                scores.append(network.eval()(x))
+                done()
+        return torch.cat(scores)
 
     @cached_property
     def float_teacher(self) -> Teacher | None:
