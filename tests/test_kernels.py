@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import CASES, images, layer_program
@@ -575,3 +579,13 @@ def test_compiled_code_is_made_anew_when_any_emitter_changes():
     stamps = {kernel._cache._cache_file._source_stamp for kernel in kernels}
     assert stamps == {tuple(n for path in compiled.SOURCES for n in (path.stat().st_mtime, path.stat().st_size))}
     assert {"cpu.py", "blocks.py", "strips.py", "vector.py", "threads.py"} <= {path.name for path in compiled.SOURCES}
+
+
+def test_a_kernel_compiles_beside_a_cache_that_has_its_parts(tmp_path):
+    """A second process needs a form that the first one did not: what they share comes from the cache, the rest is compiled."""
+    say = "import torch; from rqtool.kernels.choose import requant; x = torch.ones(2, 3, dtype=torch.int32)"
+    call = "print(requant((x,) * {0}, [x[0]] * {0}, x[0], 0, 0, 9, torch.uint8).tolist())"
+    for inputs in (1, 3):
+        env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NUMBA_CACHE_DIR": str(tmp_path)}
+        ran = subprocess.run([sys.executable, "-c", f"{say}; {call.format(inputs)}"], env=env, check=True, capture_output=True, text=True)
+        assert ran.stdout == f"{[[inputs + 1] * 3] * 2}\n"

@@ -24,6 +24,7 @@ from rqtool.model.network import Network
 from rqtool.train.augment import AUGMENTS, augmented
 from rqtool.train.calibrate import CALIBRATIONS, reestimate_norms
 from rqtool.train.distill import TEACHERS, Teacher
+from rqtool.train.heap import Watched
 from rqtool.train.relax import MODES, Relaxation
 from rqtool.train.rewrite import read_layers
 
@@ -240,7 +241,7 @@ def _epoch(
     network.train()
     torch.manual_seed(_seed(recipe.seed, run.epoch))
     order, per_epoch = batch_order(len(train), recipe.seed, run.epoch), steps_per_epoch(len(train), recipe)
-    first, total = run.epoch * per_epoch, recipe.epochs * per_epoch
+    first, total, process = run.epoch * per_epoch, recipe.epochs * per_epoch, Watched()
     for step in range(first, first + per_epoch):
         index = np.sort(order[(step - first) * recipe.batch : (step - first + 1) * recipe.batch])
         _prepare(network, optim, recipe, step, total, 0.5**run.roll_backs)
@@ -248,6 +249,7 @@ def _epoch(
         loss = partial(teacher.loss, labels=labels, told=teacher.scores(x, index)) if teacher else partial(F.cross_entropy, target=labels)
         try:
             step_done(_step(network, optim, x, loss))
+            process.step_done()
         except FloatingPointError as e:
             raise CheckError(f"{e} after {step} of {total} steps; lower --lr {recipe.lr:g}, or check the model's weights and the images") from e
     _quiet(network)
