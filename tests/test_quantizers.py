@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rqtool.kernels import choose
 from rqtool.train.quantizers import MANTISSA_BITS, InputQuantizer, WeightQuantizer, round_ste, sample, snap_scale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,6 +71,28 @@ def test_input_gradients_stop_where_codes_clip():
     assert x.grad.tolist() == [0, 1, 1, 0]
     # d(scale * code) / d log scale = code - x inside, the end code where it clips
     assert q.log_scale.grad.item() == pytest.approx(0 + (0 - 0.2) + (3 - 2.9) + 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("carrier", ["one pass", "torch"])
+@pytest.mark.parametrize("shape", [(1,), (63,), (3, 5, 7), (4, 16, 33, 31)])
+def test_input_gradients_are_those_of_the_formula_on_every_carrier(carrier, shape, monkeypatch):
+    """Numbers exactly on both edges are inside, their neighbours beyond are not; the same bits on any number of threads."""
+    if carrier == "torch":
+        monkeypatch.setattr(choose, "numba_available", lambda: False)
+    rng, scale, zero, peak = np.random.default_rng(len(shape)), np.float32(0.25), 3, 15
+    edges = np.float32([-3 * scale, 12 * scale, np.nextafter(-3 * scale, np.float32(-9)), np.nextafter(12 * scale, np.float32(9)), 0, -9, 9])
+    x = np.where(rng.random(shape) < 0.3, rng.choice(edges, shape), rng.uniform(-2, 5, shape)).astype(np.float32)
+    grad = rng.standard_normal(shape).astype(np.float32)
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(choose.quantiser_gradient(torch.from_numpy(x), torch.from_numpy(grad), torch.tensor(scale), -zero, peak - zero))
+    dx, total = found[0]
+    u = x.astype(np.float64) / scale
+    inside = (u >= -zero) & (u <= peak - zero)
+    assert dx.dtype == torch.float32 and np.array_equal(dx.numpy(), np.where(inside, grad / scale, 0))
+    assert total.item() == pytest.approx(float((grad * u)[inside].sum()), rel=1e-5, abs=1e-3)
+    assert all(torch.equal(dx, a) and torch.equal(total, b) for a, b in found)
 
 
 def error(x: torch.Tensor, scale: float, zero: int, peak: int) -> float:

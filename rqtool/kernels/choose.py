@@ -135,3 +135,16 @@ def requant(xs: tuple[torch.Tensor, ...], mults: list[torch.Tensor], add: torch.
     for x, mult in zip(xs, mults):
         total = total + x.int() * mult
     return (total >> shift).clamp(lo, hi).to(dtype)
+
+
+def quantiser_gradient(x: torch.Tensor, grad: torch.Tensor, scale: torch.Tensor, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx, sum of grad * u) over the numbers with low <= u <= high, u = x / scale; dx = grad / scale there, 0 elsewhere. In one pass over
+    memory where numba compiles for the device."""
+    if x.device.type == "cpu" and x.dtype == grad.dtype == torch.float32 and numba_available():
+        from rqtool.kernels.quantize import gradient
+
+        dx, total = gradient(_array(x), _array(grad), float(scale), low, high, torch.get_num_threads())
+        return torch.from_numpy(dx), x.new_tensor(total)
+    u = x / scale
+    dx = torch.where((u >= low) & (u <= high), grad, grad.new_zeros(()))
+    return dx / scale, torch.dot(dx.flatten(), u.flatten())

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rqtool.kernels import choose
+
 MANTISSA_BITS = 10  # of the inverse of an input scale
 GRID = 80  # candidate scales of a squared-error search
 
@@ -50,11 +52,8 @@ class _Codes(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         x, scale, zero = ctx.saved_tensors
-        u = x / scale
-        inside = (u >= -zero) & (u <= ctx.peak - zero)
-        dx = grad * inside
-        dlog = -torch.dot(dx.flatten(), u.flatten())
-        return dx.div_(scale), dlog, None, None, None
+        dx, total = choose.quantiser_gradient(x, grad, scale, -float(zero), ctx.peak - float(zero))
+        return dx, -total, None, None, None
 
 
 class InputQuantizer(nn.Module):
