@@ -264,7 +264,7 @@ def test_a_layer_that_amplifies_what_it_never_saw_is_refused():
         frozen(network, MACROS["split tiles"], (2, 8, 8), True)
     sentence = str(e.value)
     assert sentence.startswith("relu_1: its weights allow values ")
-    assert sentence.endswith(" times as large as any seen on the calibration images, beyond 2**20; its batch norm or weights are degenerate, retrain or prune that channel")
+    assert sentence.endswith(" times as large as any seen on the calibration images, beyond 2**20; a channel of it hardly varies: take --range calibrated or more ADC bits where its reads all give one code, else retrain or prune that channel")
 
 
 def test_a_code_that_no_requant_can_count_is_refused():
@@ -275,4 +275,4 @@ def test_a_code_that_no_requant_can_count_is_refused():
     with pytest.raises(InputError) as e:
         freeze(network, MACROS["default"], peaks_of(network, [case.feed.real(slice(0, 4))]), Norm(case.feed.mult.view(-1).double().numpy(), case.feed.add.view(-1).double().numpy()), True)
     assert str(e.value).startswith("4.codes: a value reaches ")
-    assert str(e.value).endswith(" steps of its grid, beyond 2**30; its batch norm or weights are degenerate, retrain or prune that channel")
+    assert str(e.value).endswith(" steps of its grid, beyond 2**30; a channel of it hardly varies: take --range calibrated or more ADC bits where its reads all give one code, else retrain or prune that channel")

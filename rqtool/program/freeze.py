@@ -26,7 +26,7 @@ from rqtool.hardware.macro import Macro
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.model.graph import Graph, Node
 from rqtool.program.ir import REQUANT_BOUND, Op, Program, Tensor
-from rqtool.program.numbers import Grid, Numbers, Place, Requant, requant
+from rqtool.program.numbers import DEAD_CHANNEL, Grid, Numbers, Place, Requant, requant
 from rqtool.program.prove import prove
 
 GRID_PEAK = (1 << 19) - 1  # the 20-bit grid of values between layers: 2**19 times a 10-bit mantissa stays below 2**30
@@ -242,7 +242,7 @@ class Freezer:
         if not bound <= LARGEST_BOUND * peak and peak > 0:
             raise InputError(
                 f"{escaped(name)}: its weights allow values {bound / peak:.3g} times as large as any seen on the calibration images, beyond 2**20; "
-                "its batch norm or weights are degenerate, retrain or prune that channel"
+                f"{DEAD_CHANNEL}"
             )
         return max(GRID_MARGIN * peak / reach, bound / FINEST)
 

@@ -20,6 +20,7 @@ from rqtool.errors import InputError, escaped
 from rqtool.program.ir import REQUANT_BOUND
 
 MAX_SHIFT = 30
+DEAD_CHANNEL = "a channel of it hardly varies: take --range calibrated or more ADC bits where its reads all give one code, else retrain or prune that channel"
 Place = tuple[str, int]  # a node of the graph and which of the things it is made from
 
 
@@ -98,5 +99,5 @@ def _largest_shift(steps: list[np.ndarray], add: np.ndarray, peaks: list[int], n
     reach = float(np.max(sum(np.abs(s) * p for s, p in zip(steps, peaks)) + np.abs(add)))
     room = REQUANT_BOUND - 2 - sum(peaks)  # each rounded multiplier can be half a unit larger
     if not np.isfinite(reach) or reach >= room:
-        raise InputError(f"{escaped(name)}: a value reaches {reach:.3g} steps of its grid, beyond 2**30; its batch norm or weights are degenerate, retrain or prune that channel")
+        raise InputError(f"{escaped(name)}: a value reaches {reach:.3g} steps of its grid, beyond 2**30; {DEAD_CHANNEL}")
     return int(min(MAX_SHIFT, np.floor(np.log2(room / max(reach, 2.0**-MAX_SHIFT)))))
