@@ -86,7 +86,7 @@ def test_input_gradients_are_those_of_the_formula_on_every_carrier(carrier, shap
     found = []
     for threads in (1, 2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append(choose.quantiser_gradient(torch.from_numpy(x), torch.from_numpy(grad), torch.tensor(scale), -zero, peak - zero))
+        found.append(choose.codes_gradient(torch.from_numpy(x), torch.from_numpy(grad), torch.tensor(scale), -zero, peak - zero))
     dx, total = found[0]
     u = x.astype(np.float64) / scale
     inside = (u >= -zero) & (u <= peak - zero)

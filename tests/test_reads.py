@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from rqtool.errors import CheckError
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
+from rqtool.kernels import choose
 from rqtool.kernels.spec import Noise, make_spec
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import input_planes, weight_planes
@@ -24,7 +25,7 @@ from rqtool.program.ir import Op, Program, Tensor
 from rqtool.train import layers
 from rqtool.train.frozen import frozen_layer
 from rqtool.train.layers import ReadLayer, adc_numbers, group_shape, level_units, nearest_thresholds
-from rqtool.train.reads import pad_codes, split_planes
+from rqtool.train.reads import pad_codes, scaled, split_planes
 from rqtool.train.relax import Relaxation, mean_slope
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -173,6 +174,29 @@ def test_the_forward_pass_is_the_frozen_integers_times_their_scales(name, geomet
     got = layer(x).detach().numpy()
     largest = np.abs(acc).max() * frozen.unit.max() + (macro.weight_offset + zero * macro.q_w) * sums.max()
     assert np.abs(got - expected).max() <= 1e-6 * (np.abs(frozen.bias).max() + largest * frozen.s_x * frozen.s_w.max())
+
+
+@pytest.mark.parametrize("carrier", ["one pass", "torch"])
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (3, 2, 4, 4), (5, 4, 9, 15), (40, 3, 33, 31)])
+def test_outputs_hand_gradients_on_by_the_formula_on_every_carrier(carrier, shape, monkeypatch):
+    """y * scale + offset, against float64; also from a gradient that is spread out and not in memory; the same bits on any number of threads."""
+    if carrier == "torch":
+        monkeypatch.setattr(choose, "numba_available", lambda: False)
+    rng = np.random.default_rng(shape[0])
+    y, given = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    scale, offset = rng.uniform(0.5, 2, shape[1]).astype(np.float32), rng.standard_normal(shape[1]).astype(np.float32)
+    for gy in (torch.from_numpy(given), torch.tensor(0.5).expand(shape)):
+        found = []
+        for threads in (1, 2, 3):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            leaves = [torch.from_numpy(a).requires_grad_() for a in (y, scale, offset)]
+            scaled(*leaves).backward(gy)
+            found.append([leaf.grad for leaf in leaves])
+        exact = gy.double().numpy()
+        assert np.array_equal(found[0][0].numpy(), gy.numpy() * scale.reshape(1, -1, 1, 1))
+        assert found[0][1].tolist() == pytest.approx((exact * y).sum((0, 2, 3)).tolist(), rel=1e-4, abs=1e-3)
+        assert found[0][2].tolist() == pytest.approx(exact.sum((0, 2, 3)).tolist(), rel=1e-5, abs=1e-3)
+        assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other))
 
 
 @pytest.mark.parametrize("step", [0.2, 1.0, 1.7, 63.9, 945.0])

@@ -15,6 +15,7 @@ from rqtool.kernels.spec import ReadSpec
 from rqtool.mapping.plan import Plan
 
 FLOAT32_WHOLE = 1 << 24  # float32 holds every whole number below
+VECTOR = 16  # positions of a column, from which on our own loops over them are fast
 
 
 class Fused:
@@ -137,14 +138,28 @@ def requant(xs: tuple[torch.Tensor, ...], mults: list[torch.Tensor], add: torch.
     return (total >> shift).clamp(lo, hi).to(dtype)
 
 
-def quantiser_gradient(x: torch.Tensor, grad: torch.Tensor, scale: torch.Tensor, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _one_pass(*tensors: torch.Tensor) -> bool:
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and numba_available()
+
+
+def codes_gradient(x: torch.Tensor, grad: torch.Tensor, scale: torch.Tensor, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(dx, sum of grad * u) over the numbers with low <= u <= high, u = x / scale; dx = grad / scale there, 0 elsewhere. In one pass over
     memory where numba compiles for the device."""
-    if x.device.type == "cpu" and x.dtype == grad.dtype == torch.float32 and numba_available():
-        from rqtool.kernels.quantize import gradient
+    if _one_pass(x, grad):
+        from rqtool.kernels import gradients
 
-        dx, total = gradient(_array(x), _array(grad), float(scale), low, high, torch.get_num_threads())
+        dx, total = gradients.codes(_array(x), _array(grad), float(scale), low, high, torch.get_num_threads())
         return torch.from_numpy(dx), x.new_tensor(total)
     u = x / scale
     dx = torch.where((u >= low) & (u <= high), grad, grad.new_zeros(()))
     return dx / scale, torch.dot(dx.flatten(), u.flatten())
+
+
+def outputs_gradient(gy: torch.Tensor, v: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(gy * scale, sum of gy, sum of gy * v), for gy, v [N, O, H, W] and scale [O]; the sums [O]. In one pass, as above."""
+    if _one_pass(gy, v, scale) and gy.shape[2:].numel() >= VECTOR:
+        from rqtool.kernels import gradients
+
+        dy, *sums = (torch.from_numpy(a) for a in gradients.outputs(_array(gy), _array(v), _array(scale), torch.get_num_threads()))
+        return dy, *(s.float() for s in sums)
+    return gy * scale.view(1, -1, 1, 1), gy.sum((0, 2, 3)), (gy * v).sum((0, 2, 3))  # an einsum of this is twenty times slower

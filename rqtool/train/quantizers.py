@@ -52,7 +52,7 @@ class _Codes(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         x, scale, zero = ctx.saved_tensors
-        dx, total = choose.quantiser_gradient(x, grad, scale, -float(zero), ctx.peak - float(zero))
+        dx, total = choose.codes_gradient(x, grad, scale, -float(zero), ctx.peak - float(zero))
         return dx, -total, None, None, None
 
 
