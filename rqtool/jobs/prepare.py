@@ -53,7 +53,9 @@ def ready_kernels(progress: Any, training: bool) -> None:
     calls += [lambda xs=xs, kind=kind: choose.requant(xs, [n] * len(xs), n, 0, 0, 1, kind) for xs in ((x.int(),), (x.int(),) * 2) for kind in (torch.uint8, torch.int32)]
     if training:
         calls += [lambda spec=spec: choose.Fused.forward(x, x[0, 0], spec) for spec in (hard, noisy)]
-        calls += [lambda: choose.Fused.backward(x, x[0, 0], hard, x), lambda: choose.codes_gradient(x, x, n[0], 0, 1), lambda: choose.outputs_gradient(x, x, x[0, 0, 0])]
+        calls += [lambda: choose.Fused.backward(x, x[0, 0], hard, x), lambda: choose.codes_gradient(x, x, n[0], 0, 1)]
+        wide = x.expand(1, 1, choose.VECTOR, 1)
+        calls += [lambda: choose.outputs_gradient(wide, wide, x[0, 0, 0])]
     with progress.stage("kernels (compiled on first use)", len(calls)) as done:
         for call in calls:
             call()
