@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import rqtool
@@ -25,11 +25,13 @@ class Task:
     train: int | None = None  # so many training images, the first ones; None for all
 
 
+RESNET = Task("CIFAR-10 (JPEG-75 copy), ResNet-20", "resnet20", "resnet20_cifar10jpeg_finetuned.pt", "cifar10_jpeg75.npz", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 128, 3e-3)
 TASKS = {
     "mnist": Task("MNIST, LeNet with batch norm", "lenet_bn", "lenetbn_mnist.pt", "mnist.npz"),
     "fashion": Task("Fashion-MNIST (20,000 training images), the network of the demonstration", "demo", None, "fashion_mnist.npz", lr=3e-3, train=20_000),
     "small": Task("Fashion-MNIST (5,000 training images), the network of the demonstration", "demo", None, "fashion_mnist.npz", lr=3e-3, train=5_000),
-    "cifar": Task("CIFAR-10 (JPEG-75 copy), ResNet-20", "resnet20", "resnet20_cifar10jpeg_finetuned.pt", "cifar10_jpeg75.npz", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 128, 3e-3),
+    "cifar": RESNET,
+    "few": replace(RESNET, title=f"{RESNET.title}, 2,560 training images", batch=64, train=2_560),
 }  # fmt: skip
 
 
@@ -59,7 +61,8 @@ def fields(**given: Any) -> tuple[tuple[str, Any], ...]:
 
 
 FINE, MODES, RANGES, WIDE, TRIED = "Fine-tuned through the ADC", "The four modes", "Post-training alone", "128 rows on", "Other recipes"
-EPOCHS = {"mnist": 2, "fashion": 2, "small": 1, "cifar": 1}
+EPOCHS = {"mnist": 2, "fashion": 2, "small": 1, "cifar": 1, "few": 1}
+LONG = 4  # epochs
 TAUGHT = fields(mode="ste", teacher="float")
 COLUMN = fields(granularity="column")
 POLICIES = {
@@ -77,18 +80,19 @@ POLICIES = {
 
 
 def fine_tuned(task: str) -> dict[str, Experiment]:
-    """4, 3 and 2 bits, and the preset: a step for each column, a step for the layer, free levels; rows in order, or spread."""
+    """4, 3 and 2 bits, and the preset: a step for each column, a step for the layer, free levels; rows in order, or spread, that for more epochs too."""
     ways = {
         "": COLUMN, "-layer": (), "-free": fields(levels="free"),
         "-spread": fields(granularity="column", pack="spread"), "-spread-free": fields(levels="free", pack="spread"),
     }  # fmt: skip
     found = {f"{task}-{bits}{way}": Experiment(FINE, task, fields(adc_bits=bits) + macro, None, EPOCHS[task], TAUGHT) for bits in (4, 3, 2) for way, macro in ways.items()}
+    found |= {f"{task}-{bits}-spread-long": Experiment(FINE, task, fields(adc_bits=bits) + ways["-spread"], None, LONG, TAUGHT) for bits in (4, 3, 2)}
     return found | {f"{task}-nthu-2019{way}": Experiment(FINE, task, ways[way], "nthu-2019", EPOCHS[task], TAUGHT) for way in ("", "-layer", "-spread")}
 
 
-def modes(task: str, names: tuple[str, ...]) -> dict[str, Experiment]:
+def modes(task: str, names: tuple[str, ...], all_bits: tuple[int, ...] = (4, 3, 2)) -> dict[str, Experiment]:
     """The modes against each other: a step for the layer, no teacher. `gumbel` is too slow for all but a small budget."""
-    return {f"{task}-{bits}-{mode}": Experiment(MODES, task, fields(adc_bits=bits), None, EPOCHS[task], fields(mode=mode)) for bits in (4, 3, 2) for mode in names}
+    return {f"{task}-{bits}-{mode}": Experiment(MODES, task, fields(adc_bits=bits), None, EPOCHS[task], fields(mode=mode)) for bits in all_bits for mode in names}
 
 
 def ranges(task: str) -> dict[str, Experiment]:
@@ -107,6 +111,7 @@ def wide(task: str) -> dict[str, Experiment]:
 EXPERIMENTS = {
     **fine_tuned("mnist"), **fine_tuned("fashion"), **fine_tuned("cifar"),
     **modes("small", ("relaxed", "ste", "mean", "gumbel")), **modes("fashion", ("relaxed", "ste", "mean")), **modes("mnist", ("relaxed", "ste")), **modes("cifar", ("relaxed", "ste", "mean")),
+    **modes("few", ("relaxed", "ste", "mean", "gumbel"), (4, 2)),
     **ranges("mnist"), **ranges("fashion"), **ranges("cifar"),
     **wide("mnist"), **wide("cifar"),
     "mnist-4-ideal-teacher": Experiment(TRIED, "mnist", COLUMN, None, 2, fields(mode="ste", teacher="ideal")),
@@ -114,5 +119,4 @@ EXPERIMENTS = {
     "mnist-4-two-stage": Experiment(TRIED, "mnist", COLUMN, None, 1, (*TAUGHT, ("ideal_epochs", 1))),
     "cifar-4-relaxed-taught": Experiment(TRIED, "cifar", COLUMN, None, 1, fields(mode="relaxed", teacher="float")),
     "cifar-4-shift-flip": Experiment(TRIED, "cifar", COLUMN, None, 1, (*TAUGHT, ("augment", "shift-flip"))),
-    **{f"cifar-{bits}-spread-long": Experiment(FINE, "cifar", fields(adc_bits=bits, granularity="column", pack="spread"), None, 4, TAUGHT) for bits in (4, 3, 2)},
 }  # fmt: skip
