@@ -65,6 +65,10 @@ EPOCHS = {"mnist": 2, "fashion": 2, "small": 1, "cifar": 1, "few": 1}
 LONG = 4  # epochs
 TAUGHT = fields(mode="ste", teacher="float")
 COLUMN = fields(granularity="column")
+WAYS = {
+    "": COLUMN, "-layer": (), "-free": fields(levels="free"),
+    "-spread": fields(granularity="column", pack="spread"), "-spread-free": fields(levels="free", pack="spread"),
+}  # fmt: skip
 POLICIES = {
     "full": (fields(range="full"), ()),
     "peak": ((), fields(calibration="peak")),
@@ -81,13 +85,9 @@ POLICIES = {
 
 def fine_tuned(task: str) -> dict[str, Experiment]:
     """4, 3 and 2 bits, and the preset: a step for each column, a step for the layer, free levels; rows in order, or spread, that for more epochs too."""
-    ways = {
-        "": COLUMN, "-layer": (), "-free": fields(levels="free"),
-        "-spread": fields(granularity="column", pack="spread"), "-spread-free": fields(levels="free", pack="spread"),
-    }  # fmt: skip
-    found = {f"{task}-{bits}{way}": Experiment(FINE, task, fields(adc_bits=bits) + macro, None, EPOCHS[task], TAUGHT) for bits in (4, 3, 2) for way, macro in ways.items()}
-    found |= {f"{task}-{bits}-spread-long": Experiment(FINE, task, fields(adc_bits=bits) + ways["-spread"], None, LONG, TAUGHT) for bits in (4, 3, 2)}
-    return found | {f"{task}-nthu-2019{way}": Experiment(FINE, task, ways[way], "nthu-2019", EPOCHS[task], TAUGHT) for way in ("", "-layer", "-spread")}
+    found = {f"{task}-{bits}{way}": Experiment(FINE, task, fields(adc_bits=bits) + macro, None, EPOCHS[task], TAUGHT) for bits in (4, 3, 2) for way, macro in WAYS.items()}
+    found |= {f"{task}-{bits}-spread-long": Experiment(FINE, task, fields(adc_bits=bits) + WAYS["-spread"], None, LONG, TAUGHT) for bits in (4, 3, 2)}
+    return found | {f"{task}-nthu-2019{way}": Experiment(FINE, task, WAYS[way], "nthu-2019", EPOCHS[task], TAUGHT) for way in ("", "-layer", "-spread")}
 
 
 def modes(task: str, names: tuple[str, ...], all_bits: tuple[int, ...] = (4, 3, 2)) -> dict[str, Experiment]:
@@ -108,15 +108,21 @@ def wide(task: str) -> dict[str, Experiment]:
     }
 
 
+def other_recipes(task: str, bits: int) -> dict[str, Experiment]:
+    """One thing changed at a time in the job `task-bits-spread`."""
+    changed = {
+        "alone": fields(mode="ste"), "ideal-teacher": fields(mode="ste", teacher="ideal"), "relaxed": fields(mode="relaxed", teacher="float"),
+        "zero": (*TAUGHT, ("zero", "learned")), "shift": (*TAUGHT, ("augment", "shift")), "two-stage": (*TAUGHT, ("ideal_epochs", 1), ("epochs", EPOCHS[task] - 1)),
+    }  # fmt: skip
+    macro = fields(adc_bits=bits) + WAYS["-spread"]
+    return {f"{task}-{bits}-spread-{name}": Experiment(TRIED, task, macro, None, EPOCHS[task], about) for name, about in changed.items()}
+
+
 EXPERIMENTS = {
     **fine_tuned("mnist"), **fine_tuned("fashion"), **fine_tuned("cifar"),
     **modes("small", ("relaxed", "ste", "mean", "gumbel")), **modes("fashion", ("relaxed", "ste", "mean")), **modes("mnist", ("relaxed", "ste")), **modes("cifar", ("relaxed", "ste", "mean")),
     **modes("few", ("relaxed", "ste", "mean", "gumbel"), (4, 2)),
     **ranges("mnist"), **ranges("fashion"), **ranges("cifar"),
     **wide("mnist"), **wide("cifar"),
-    "mnist-4-ideal-teacher": Experiment(TRIED, "mnist", COLUMN, None, 2, fields(mode="ste", teacher="ideal")),
-    "mnist-4-shift": Experiment(TRIED, "mnist", COLUMN, None, 2, (*TAUGHT, ("augment", "shift"))),
-    "mnist-4-two-stage": Experiment(TRIED, "mnist", COLUMN, None, 1, (*TAUGHT, ("ideal_epochs", 1))),
-    "cifar-4-relaxed-taught": Experiment(TRIED, "cifar", COLUMN, None, 1, fields(mode="relaxed", teacher="float")),
-    "cifar-4-shift-flip": Experiment(TRIED, "cifar", COLUMN, None, 1, (*TAUGHT, ("augment", "shift-flip"))),
+    **other_recipes("fashion", 2),
 }  # fmt: skip

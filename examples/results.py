@@ -30,7 +30,7 @@ ABOUT = {
     MODES: "A step for the layer, no teacher, the same budget; what is chosen from this table is in [training.md](training.md).",
     RANGES: "No training (batch norm is re-estimated where held-out images say so). The twin is not trained either.",
     WIDE: "A step for each column.",
-    TRIED: "One thing changed at a time.",
+    TRIED: "One thing changed at a time from the job `fashion-2-spread` above; where the teacher or the images change, so does the twin.",
 }  # fmt: skip
 COLUMNS = ("job", "setting", "recipe", "reads per MAC", "epochs", "runs", "float", "post-training", "fine-tuned", "ideal-ADC twin", "loss", "agreement", "minutes", "commit")
 NOTE = 'Minutes are those of the last run of a job with all its measurements, and with the twin where that was trained too; on one thread, often beside other work. They are no timing.'
@@ -62,8 +62,8 @@ def recipe_cell(recipe: dict[str, Any]) -> str:
     """The mode, and what is not the default of a recipe."""
     if not recipe["epochs"]:
         return {"error": "least squared error", "peak": "largest sum", "percentile": "99.9 %"}[recipe["calibration"]]
-    extra = {"teacher": "{} teacher", "augment": "{}", "ideal_epochs": "{} of the epochs with an ideal ADC first"}
-    told = [text.format(recipe[key]) for key, text in extra.items() if recipe[key] not in ("none", 0)]
+    extra = {"teacher": "{} teacher", "augment": "{}", "ideal_epochs": "{} of the epochs with an ideal ADC first", "zero": "zeros {}"}
+    told = [text.format(recipe[key]) for key, text in extra.items() if recipe[key] not in ("none", "fixed", 0)]
     return ", ".join([recipe["mode"], *told])
 
 

@@ -48,8 +48,9 @@ def test_a_recipe_is_told_where_it_is_not_the_default(experiments: ModuleType) -
     def told(name: str) -> str:
         return experiments.results.recipe_cell(experiments.EXPERIMENTS[name].recipe(3).to_dict())
 
-    assert told("cifar-4-shift-flip") == "ste, float teacher, shift-flip" and told("mnist-4-relaxed") == "relaxed"
-    assert told("mnist-4-two-stage") == "ste, float teacher, 1 of the epochs with an ideal ADC first"
+    assert told("fashion-2-spread-shift") == "ste, float teacher, shift" and told("mnist-4-relaxed") == "relaxed"
+    assert told("fashion-2-spread-two-stage") == "ste, float teacher, 1 of the epochs with an ideal ADC first"
+    assert told("fashion-2-spread-zero") == "ste, float teacher, zeros learned"
     assert [told(f"mnist-3-ptq-{name}") for name in ("uniform", "peak", "percentile")] == ["least squared error", "largest sum", "99.9 %"]
     assert experiments.EXPERIMENTS["cifar-4"].recipe(3).to_dict()["batch"] == 128
 
@@ -64,10 +65,13 @@ def test_a_twin_is_known_from_a_row_with_the_same_one(experiments: ModuleType, t
         return experiments.known_twin(name, seed, tmp_path)
 
     keep(tmp_path, "mnist-4", result(99.4, 99.55, 100.0))
-    assert known("mnist-2-free") == known("mnist-wl128-5") == known("mnist-4-ideal-teacher") == 99.55
-    assert known("mnist-4-relaxed") is known("mnist-4-shift") is known("mnist-4-two-stage") is known("mnist-nthu-2019") is known("mnist-4-ptq-free") is None
+    assert known("mnist-2-free") == known("mnist-wl128-5") == 99.55
+    assert known("mnist-4-relaxed") is known("mnist-4-spread-long") is known("mnist-nthu-2019") is known("mnist-4-ptq-free") is None
     keep(tmp_path, "mnist-4-ste", result(99.4, 99.6, 100.0))
     assert known("mnist-4-relaxed") == 99.6 and known("mnist-4-relaxed", 1) is None
+    keep(tmp_path, "fashion-2-spread", result(88.0, 90.0, 100.0))
+    assert known("fashion-2-spread-ideal-teacher") == known("fashion-2-spread-relaxed") == known("fashion-2-spread-zero") == 90
+    assert known("fashion-2-spread-alone") is known("fashion-2-spread-shift") is known("fashion-2-spread-two-stage") is None
 
 
 def test_the_report_and_the_plots_show_finished_rows_only(experiments: ModuleType, tmp_path: Path) -> None:
