@@ -53,7 +53,7 @@ class Experiment:
     def twin(self) -> tuple:
         """All that the ideal-ADC twin depends on: no ADC, and whichever teacher, for it learns from the float network."""
         macro, recipe = rqtool.make_macro(self.preset, **dict(self.macro)), self.recipe(0)
-        return self.task, macro.in_bits, macro.w_bits, recipe.epochs, recipe.ideal_epochs, recipe.augment, recipe.teacher != "none", recipe.batch, recipe.lr
+        return self.task, macro.in_bits, macro.w_bits, recipe.epochs, recipe.ideal_epochs, recipe.augment, recipe.teacher != "none", recipe.match, recipe.batch, recipe.lr
 
 
 def fields(**given: Any) -> tuple[tuple[str, Any], ...]:
@@ -63,7 +63,9 @@ def fields(**given: Any) -> tuple[tuple[str, Any], ...]:
 FINE, MODES, RANGES, WIDE, TRIED = "Fine-tuned through the ADC", "The four modes", "Post-training alone", "128 rows on", "Other recipes"
 EPOCHS = {"mnist": 2, "fashion": 2, "small": 1, "cifar": 1, "few": 1}
 LONG = 4  # epochs
+MATCHED_EPOCHS = {"mnist": 6, "fashion": 2, "cifar": 3}
 TAUGHT = fields(mode="ste", teacher="float")
+MATCHED = (*TAUGHT, ("match", 100.0))
 COLUMN = fields(granularity="column")
 WAYS = {
     "": COLUMN, "-layer": (), "-free": fields(levels="free"),
@@ -84,10 +86,13 @@ POLICIES = {
 
 
 def fine_tuned(task: str) -> dict[str, Experiment]:
-    """4, 3 and 2 bits, and the preset: a step for each column, a step for the layer, free levels; rows in order, or spread, that for more epochs too."""
+    """4, 3 and 2 bits, and the preset: a step for each column, a step for the layer, free levels; rows in order, or spread, that for more epochs too,
+    and with a teacher whose inner values are matched."""
     found = {f"{task}-{bits}{way}": Experiment(FINE, task, fields(adc_bits=bits) + macro, None, EPOCHS[task], TAUGHT) for bits in (4, 3, 2) for way, macro in WAYS.items()}
     found |= {f"{task}-{bits}-spread-long": Experiment(FINE, task, fields(adc_bits=bits) + WAYS["-spread"], None, LONG, TAUGHT) for bits in (4, 3, 2)}
-    return found | {f"{task}-nthu-2019{way}": Experiment(FINE, task, WAYS[way], "nthu-2019", EPOCHS[task], TAUGHT) for way in ("", "-layer", "-spread")}
+    found |= {f"{task}-{bits}-matched": Experiment(FINE, task, fields(adc_bits=bits) + WAYS["-spread"], None, MATCHED_EPOCHS[task], MATCHED) for bits in (4, 3, 2)}
+    found |= {f"{task}-nthu-2019{way}": Experiment(FINE, task, WAYS[way], "nthu-2019", EPOCHS[task], TAUGHT) for way in ("", "-layer", "-spread")}
+    return found | {f"{task}-nthu-2019-matched": Experiment(FINE, task, WAYS["-spread"], "nthu-2019", MATCHED_EPOCHS[task], MATCHED)}
 
 
 def modes(task: str, names: tuple[str, ...], all_bits: tuple[int, ...] = (4, 3, 2)) -> dict[str, Experiment]:

@@ -23,7 +23,7 @@ percent on the test images (10,000 in every data set), by the integer program; Â
 No layer is kept off the macro, reads are signed. Selection is on held-out training images. The ideal-ADC twin starts from the same weights
 and is trained for as many epochs with the same seed; the loss is twin minus fine-tuned, in points. "Agreement" is the smallest share of test
 images over the runs on which the integer program and the served network in floating point name the same class. A teacher is the float
-network (weight {DISTILL_WEIGHT} of the loss unless said) and teaches the twin, too.
+network (weight {DISTILL_WEIGHT} of the loss unless said) and teaches the twin, too; "matched" says how much what enters each layer of it counts.
 """
 ABOUT = {
     FINE: "With a step (and zero) for each column, which costs a chip nothing; with one for the layer; with free levels; with rows spread (`--pack spread`), which costs no read and no cell. `nthu-2019`: 2-bit inputs, sign + 2-bit weights, 15 codes.",
@@ -62,8 +62,8 @@ def recipe_cell(recipe: dict[str, Any]) -> str:
     """The mode, and what is not the default of a recipe."""
     if not recipe["epochs"]:
         return {"error": "least squared error", "peak": "largest sum", "percentile": "99.9 %"}[recipe["calibration"]]
-    extra = {"teacher": "{} teacher", "augment": "{}", "ideal_epochs": "{} of the epochs with an ideal ADC first", "zero": "zeros {}"}
-    told = [text.format(recipe[key]) for key, text in extra.items() if recipe[key] not in ("none", "fixed", 0)]
+    extra = {"teacher": "{} teacher", "augment": "{}", "ideal_epochs": "{} of the epochs with an ideal ADC first", "zero": "zeros {}", "match": "matched {:g}"}
+    told = [text.format(recipe[key]) for key, text in extra.items() if recipe.get(key, 0) not in ("none", "fixed", 0)]
     return ", ".join([recipe["mode"], *told])
 
 

@@ -309,7 +309,7 @@ MACRO_VALUES = {
     "step": ("2.5", 2.5), "levels": ("uniform", "uniform"), "pack": ("kernels", "kernels"),
 }  # fmt: skip
 RECIPE_VALUES = {
-    "ideal_epochs": ("2", 2), "teacher": ("float", "float"), "distill_weight": ("0.7", 0.7), "distill_temperature": ("4", 4.0), "augment": ("shift", "shift"),
+    "ideal_epochs": ("2", 2), "teacher": ("float", "float"), "distill_weight": ("0.7", 0.7), "distill_temperature": ("4", 4.0), "match": ("20", 20.0), "augment": ("shift", "shift"),
     "epochs": ("3", 3), "batch": ("32", 32), "lr": ("1e-4", 1e-4), "weight_decay": ("0.5", 0.5), "mode": ("ste", "ste"), "zero": ("learned", "learned"), "seed": ("7", 7), "tau_start": ("0.5", 0.5),
     "tau_end": ("0.1", 0.1), "hard_share": ("0.3", 0.3), "warmup": ("0.2", 0.2), "calibration": ("peak", "peak"), "calibration_images": ("11", 11), "norm_images": ("12", 12), "held_out": ("13", 13),
 }  # fmt: skip

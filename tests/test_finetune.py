@@ -263,7 +263,7 @@ def test_the_weights_stay_as_they_are_where_the_loss_is_no_number():
     network = started(FEW_BITS.with_ideal_adc())
     state, optim = deepcopy(network.state_dict()), optimizer(network, RECIPE)
     with pytest.raises(FloatingPointError, match="^the loss is not a number$"):
-        module._step(network.train(), optim, torch.full((4, 1, 6, 6), torch.nan), lambda scores: scores.sum())
+        module._step(network.train(), optim, lambda: network(torch.full((4, 1, 6, 6), torch.nan)).sum())
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items() if "running" not in name and "num_batches" not in name)
 
 
@@ -271,7 +271,7 @@ def test_a_gradient_that_is_no_number_makes_no_step():
     network = started(FEW_BITS.with_ideal_adc())
     network.layer("6").weight.register_hook(lambda grad: grad * torch.inf)
     with pytest.raises(FloatingPointError, match="^the gradient is not a number$"):
-        module._step(network.train(), optimizer(network, RECIPE), TRAIN.real(slice(8)), lambda scores: scores.sum())
+        module._step(network.train(), optimizer(network, RECIPE), lambda: network(TRAIN.real(slice(8))).sum())
     assert torch.isfinite(network.layer("6").weight).all()
 
 
@@ -356,6 +356,8 @@ WRONG = {
     "--ideal-epochs must be a whole number of at least 0, not -1": {"ideal_epochs": -1},
     "--distill-weight must be from 0 to 1, not 1.5": {"distill_weight": 1.5},
     "--distill-temperature must be a positive number, not 0": {"distill_temperature": 0},
+    "--match must be a number of at least 0, not -1": {"match": -1, "teacher": "float"},
+    "--match 30 compares with a teacher, but there is none; give --teacher float as well": {"match": 30},
     "--mode relax is not known; did you mean 'relaxed'?": {"mode": "relax"},
     "--epochs must be a whole number of at least 0, not -1": {"epochs": -1},
     "--epochs must be a whole number of at least 0, not 1.5": {"epochs": 1.5},

@@ -80,10 +80,11 @@ def test_a_teacher_is_asked_once_for_each_image(monkeypatch):
     s, _, _ = ran(replace(QUICK, teacher="float", epochs=2))
     teacher, index = s.float_teacher, np.array([3, 300, 5])
     assert torch.equal(teacher.told, torch.cat([s.job.network(x) for x in TRAIN.batches(250)])) and s.progress.names.count("the teacher's scores") == 1
-    assert torch.equal(teacher.scores(torch.full_like(TRAIN.real(index), torch.nan), index), teacher.told[index])
+    assert torch.equal(teacher.says(torch.full_like(TRAIN.real(index), torch.nan), index)[0], teacher.told[index])
     moved = stages(replace(QUICK, teacher="float", augment="shift"))
     assert moved.float_teacher.told is None and not moved.progress.names
-    assert torch.allclose(moved.float_teacher.scores(TRAIN.real(index), index), teacher.told[index], atol=1e-5)
+    assert stages(replace(QUICK, teacher="float", match=1.0)).float_teacher.told is None
+    assert torch.allclose(moved.float_teacher.says(TRAIN.real(index), index)[0], teacher.told[index], atol=1e-5)
     monkeypatch.setattr(module, "TOLD_VALUES", len(TRAIN) * 4 - 1)
     assert stages(replace(QUICK, teacher="float")).float_teacher.told is None
 
@@ -133,7 +134,7 @@ def test_the_better_of_both_starts_is_kept():
     assert run.best.name.startswith(("post-training", "ideal-ADC epochs")) and not best.better_than(run.best)
 
 
-@pytest.mark.parametrize("recipe", [{"teacher": "float"}, {"teacher": "ideal"}, {"ideal_epochs": 1}, {"augment": "shift"}])
+@pytest.mark.parametrize("recipe", [{"teacher": "float"}, {"teacher": "ideal"}, {"teacher": "ideal", "match": 2.0}, {"ideal_epochs": 1}, {"augment": "shift"}])
 def test_quantize_does_all_of_it(recipe):
     result = rqtool.quantize(net(), DATA, recipe=rqtool.Recipe(epochs=1, batch=20, **recipe))
     assert result.ideal_top1 is not None and result.roll_backs == 0

@@ -85,6 +85,7 @@ RECIPE = (
     Flag("teacher", "float|ideal|none", "Also learn the scores of the float network, or of the ideal-ADC twin (default none).", values.as_given),
     Flag("distill_weight", "X", "The teacher's share of the loss (default 0.5).", values.number),
     Flag("distill_temperature", "X", "Scores are divided by it before they are compared (default 2).", values.number),
+    Flag("match", "X", "How much what enters each layer of the teacher counts, beside its scores (default 0).", values.number),
     Flag("augment", "KIND", "Move training images a little: none, shift or shift-flip (default none).", values.as_given),
     Flag("batch", "N", "Images in a step (default 64).", values.whole),
     Flag("lr", "X", "Peak learning rate (default 0.001).", values.number),
@@ -101,7 +102,7 @@ RECIPE = (
     Flag("norm_images", "N", "Images that re-estimate batch norm (default 2048).", values.whole),
     Flag("held_out", "N", "Training images kept to choose by (default a tenth, 5000 at most).", partial(values.whole, low=1)),
 )
-FIRST_TIME = ("seed", "held_out", "calibration", "calibration_images", "ideal_epochs", "teacher", "distill_weight", "distill_temperature")
+FIRST_TIME = ("seed", "held_out", "calibration", "calibration_images", "ideal_epochs", "teacher", "distill_weight", "distill_temperature", "match")
 AGAIN = tuple(replace(f, help=f"{re.split(r'[;(]', f.help)[0].strip()} (default: as before).") for f in RECIPE if f.name not in FIRST_TIME)
 PIXELS = (
     Flag("mean", "X[,X...]", "Subtracted from pixels, one for all channels or one each (default 0).", values.numbers),

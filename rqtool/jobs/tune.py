@@ -33,7 +33,7 @@ PEAK_IMAGES, PEAK_BATCH = 512, 128  # images behind the ranges of grids
 STAYS = {
     "seed": "it decides which images are held out", "held_out": "its images have chosen the network",
     "calibration": "the network is calibrated", "calibration_images": "the network is calibrated", "ideal_epochs": "the network has met its ADC",
-    "teacher": "a .rq file holds no teacher", "distill_weight": "a .rq file holds no teacher", "distill_temperature": "a .rq file holds no teacher",
+    **dict.fromkeys(("teacher", "distill_weight", "distill_temperature", "match"), "a .rq file holds no teacher"),
 }  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def recipe_after(before: Recipe, changes: dict[str, Any]) -> Recipe:
     """The recipe of more epochs: the one before with `changes`."""
     for name in changes.keys() & STAYS.keys():
         raise ConfigError(f"--{name.replace('_', '-')} cannot change when training goes on, for {STAYS[name]}; leave it out")
-    return replace(before, **{"teacher": "none", "ideal_epochs": 0, **changes})
+    return replace(before, **{"teacher": "none", "match": 0.0, "ideal_epochs": 0, **changes})
 
 
 def _job_of(saved: Checkpoint, data: Data, recipe: Recipe) -> Job:

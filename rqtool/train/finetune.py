@@ -40,7 +40,7 @@ TINY, HUGE = 1e-12, 1e12
 REAL_FIELDS = {
     "lr": (TINY, HUGE, "a positive number"), "weight_decay": (0, HUGE, "a number of at least 0"), "hard_share": (0, 1, "from 0 to 1"),
     "tau_start": (TINY, HUGE, "a positive number"), "tau_end": (TINY, HUGE, "a positive number"), "warmup": (0, 0.99, "from 0 to 0.99"),
-    "distill_weight": (0, 1, "from 0 to 1"), "distill_temperature": (TINY, HUGE, "a positive number"),
+    "distill_weight": (0, 1, "from 0 to 1"), "distill_temperature": (TINY, HUGE, "a positive number"), "match": (0, HUGE, "a number of at least 0"),
 }  # fmt: skip
 
 
@@ -67,6 +67,7 @@ class Recipe:
     teacher: str = "none"
     distill_weight: float = 0.5
     distill_temperature: float = 2.0
+    match: float = 0.0
     augment: str = "none"
 
     def __post_init__(self) -> None:
@@ -82,6 +83,8 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and low <= value <= high):
                 raise ConfigError(f"--{name.replace('_', '-')} must be {what}, not {escaped(value)}")
+        if self.match and self.teacher == "none":
+            raise ConfigError(f"--match {self.match:g} compares with a teacher, but there is none; give --teacher float as well")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -246,9 +249,9 @@ def _epoch(
         index = np.sort(order[(step - first) * recipe.batch : (step - first + 1) * recipe.batch])
         _prepare(network, optim, recipe, step, total, 0.5**run.roll_backs)
         x, labels = augmented(train.real(index), recipe.augment, (recipe.seed, step)), train.labels(index)
-        loss = partial(teacher.loss, labels=labels, told=teacher.scores(x, index)) if teacher else partial(F.cross_entropy, target=labels)
+        loss = partial(teacher.lesson, index=index) if teacher else untaught
         try:
-            step_done(_step(network, optim, x, loss))
+            step_done(_step(network, optim, partial(loss, network, x, labels)))
             process.step_done()
         except FloatingPointError as e:
             raise CheckError(f"{e} after {step} of {total} steps; lower --lr {recipe.lr:g}, or check the model's weights and the images") from e
@@ -310,11 +313,16 @@ def _quiet(network: Network) -> None:
         layer.relaxation = None
 
 
-def _step(network: Network, optim: torch.optim.Optimizer, x: torch.Tensor, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    """The loss of a batch, loss_of(scores), before the step it makes. Raises FloatingPointError, and makes no step, where loss or gradient
-    is no number."""
+def untaught(network: Network, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of a network that has labels alone to learn from."""
+    return F.cross_entropy(network(x), labels)
+
+
+def _step(network: Network, optim: torch.optim.Optimizer, loss_of: Callable[[], torch.Tensor]) -> float:
+    """The loss of a batch, loss_of(), before the step it makes. Raises FloatingPointError, and makes no step, where loss or gradient is no
+    number."""
     optim.zero_grad(set_to_none=True)
-    loss = loss_of(network(x))
+    loss = loss_of()
     if not torch.isfinite(loss):
         raise FloatingPointError("the loss is not a number")
     loss.backward()

@@ -81,10 +81,11 @@ class Stages:
             )
 
     def taught_by(self, network: Network) -> Teacher:
-        """A teacher that is asked once for each image, unless every epoch moves them, or there are too many to keep."""
+        """A teacher that is asked once for each image, unless every epoch moves them, there are too many to keep, or more than its scores is
+        matched."""
         recipe, count = self.recipe, len(self.job.train) * self.job.classes
-        once = recipe.augment == "none" and recipe.epochs + recipe.ideal_epochs > 0 and count <= TOLD_VALUES
-        return Teacher(network, recipe.distill_weight, recipe.distill_temperature, self.told_by(network) if once else None)
+        once = recipe.augment == "none" and not recipe.match and recipe.epochs + recipe.ideal_epochs > 0 and count <= TOLD_VALUES
+        return Teacher(network, recipe.distill_weight, recipe.distill_temperature, self.told_by(network) if once else None, recipe.match)
 
     @torch.no_grad()
     def told_by(self, network: Network) -> torch.Tensor:
