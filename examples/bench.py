@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -38,7 +39,8 @@ from rqtool.program.run import Runner
 from rqtool.report.doctor import processor
 from rqtool.storage import write_atomic
 from rqtool.train.calibrate import calibrate, optimal_levels
-from rqtool.train.finetune import Feed, Recipe, optimizer
+from rqtool.train.distill import Teacher
+from rqtool.train.finetune import Feed, Recipe, optimizer, untaught
 from rqtool.train.frozen import freeze, peaks_of
 from rqtool.train.layers import over_rows
 from rqtool.train.relax import Relaxation, slope_tables
@@ -251,15 +253,16 @@ class Resnet:
         with torch.no_grad():
             self.network.eval()(self.x)
 
-    def step(self, network: nn.Module, relaxed: bool = False) -> Callable[[], None]:
+    def step(self, network: nn.Module, relaxed: bool = False, teacher: Teacher | None = None) -> Callable[[], None]:
         optim = optimizer(network, Recipe())
         for n, layer in enumerate(read_layers(network).values()):
             layer.relaxation = Relaxation(TAU, n) if relaxed else None
+        loss = partial(teacher.lesson, index=np.arange(len(self.labels))) if teacher else untaught
 
         def one() -> None:
             network.train()
             optim.zero_grad(set_to_none=True)
-            F.cross_entropy(network(self.x), self.labels).backward()
+            loss(network, self.x, self.labels).backward()
             optim.step()
 
         return one
@@ -282,8 +285,11 @@ def network_step(threads: int, repeats: int) -> list[Row]:
 def epoch(threads: int, repeats: int) -> list[Row]:
     """Minutes of an epoch, as its steps are timed: the images that are trained on when a tenth of CIFAR-10 is held out, in full batches."""
     hard, free = Resnet(Macro()), Resnet(Macro(levels="free"))
-    noisy = Resnet(Macro())
-    forms = {"float": hard.step(hard.network), "hard": hard.step(hard.rewritten), "relaxed": noisy.step(noisy.rewritten, True), "hard, learned free levels": free.step(free.rewritten)}
+    noisy, taught = Resnet(Macro()), Resnet(Macro())
+    forms = {
+        "float": hard.step(hard.network), "hard": hard.step(hard.rewritten), "relaxed": noisy.step(noisy.rewritten, True), "hard, learned free levels": free.step(free.rewritten),
+        "hard, float teacher matched": taught.step(taught.rewritten, teacher=Teacher(taught.network, 0.9, 2.0, match=100.0)),
+    }  # fmt: skip
     steps = EPOCH_IMAGES // len(hard.labels)
     return [{"setting": f"ResNet-20, {steps} steps of batch 128, wl 9", "threads": threads, "form": n, "minutes": round(steps * s / 60, 2)} for n, s in timed(forms, repeats).items()]
 
