@@ -170,7 +170,8 @@ def layer_step(threads: int, repeats: int) -> list[Row]:
 
 
 PLANS = {
-    "uniform, signed": {}, "step per column": {"granularity": "column"}, "step per tile": {"granularity": "tile"}, "free levels": {"levels": "free"}, "rows spread": {"pack": "spread"},
+    "uniform, signed": {}, "step per column": {"granularity": "column"}, "step per tile": {"granularity": "tile"}, "free levels": {"levels": "free"}, "free levels, step per column": {"levels": "free", "granularity": "column"},
+    "rows spread": {"pack": "spread"},
     "split": {"sign_scheme": "split"}, "offset": {"sign_scheme": "offset"}, "bit-serial inputs": {"dac_bits": 1}, "1-bit cells": {"cell_bits": 1},
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from rqtool.errors import ConfigError
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
 from rqtool.kernels import blocks, certify, choose, compiled, cpu, records, reference, requant, threads, vector
-from rqtool.kernels.spec import Noise, ReadSpec, Tables, free_level_spec, inside_spec, make_spec
+from rqtool.kernels.spec import Noise, ReadSpec, Tables, free_level_spec, inside_spec, level_codes, make_spec
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import extract
 from rqtool.program import golden, run
@@ -537,6 +537,48 @@ def test_free_levels_in_16_bits_are_the_table(seed, bits):
 
 FITTING = [range(-70, 80, 10), (-218, -140, -96, -65, -41, -22, -6, 7, 23, 43, 69, 102, 145, 205, 301), range(-7, 8), (-900, *range(-240, 241, 40), 900)]
 CROWDED = [(-900, -800, -700, -600, *range(-3, 4), 600, 700, 800, 900), (-400, -186, -86, -40, -19, -9, -4, 1, 4, 9, 19, 40, 86, 186, 400)]
+
+
+def test_one_wrong_level_of_one_column_is_no_certificate(monkeypatch):
+    plan = Plan.make("layer", Geometry(2, 3), Macro(levels="free", granularity="column"))
+    spec = free_level_spec(plan, np.arange(-70, 80, 10) + np.array([[0], [3], [9]]), np.arange(-7, 9) * 50)
+    wrong = spec.tables.value.copy()
+    wrong[2, 1000] += 1
+    for found, certified in (([spec.tables.value], True), ([spec.tables.value, wrong], False)):
+        monkeypatch.setattr(choose, "every_level", lambda p, spec, found=found: found)
+        assert run.certified_levels(spec) == certified
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 1 << 32))
+def test_codes_of_every_partial_sum_are_those_of_each(seed):
+    """Thresholds close together, far apart, and all on one side of what can occur."""
+    rng, macro = np.random.default_rng(seed), Macro(wl=3, adc_bits=int(np.random.default_rng(seed).integers(1, 4)), levels="free", sign_scheme=pick(np.random.default_rng(seed), "signed", "split"))
+    low, high = np.sort(rng.integers(macro.p_min - 300, macro.p_max + 301, 2))
+    thresholds = np.sort(rng.integers(low, high + 1, (int(rng.integers(1, 4)), macro.top)), 1)
+    expected = [[adc.threshold_code(p, row) for p in range(macro.p_min, macro.p_max + 1)] for row in thresholds.tolist()]
+    assert level_codes(Plan.make("layer", Geometry(2, 3), macro), thresholds).tolist() == expected
+
+
+@pytest.mark.parametrize("carrier", ["one pass", "torch"])
+@pytest.mark.parametrize("granularity", ["layer", "column", "tile"])
+def test_values_of_a_table_get_the_gradients_of_the_reads_that_looked_them_up(granularity, carrier, monkeypatch):
+    """Counted one by one, in every row of its own."""
+    if carrier == "torch":
+        monkeypatch.setattr(choose, "numba_available", lambda: False)
+    g, macro = Geometry(4, 6, (3, 2), groups=2), Macro(wl=5, in_bits=2, w_bits=3, granularity=granularity)
+    plan, rng = Plan.make("layer", g, macro), np.random.default_rng(0)
+    tiles, columns, span = len(plan.tiles), g.columns, macro.p_max - macro.p_min + 1
+    row = np.broadcast_to({"layer": np.zeros((1, 1), int), "column": np.arange(columns)[None], "tile": np.arange(tiles)[:, None]}[granularity], (tiles, columns)).copy()
+    spec = make_spec(plan, *np.ones((3, 1, 1)), tables=Tables(macro.p_min, row, None, np.zeros((row.max() + 1, span), np.float32)))
+    x, w, gy = rng.integers(0, 4, (2, 4, 5, 4)), rng.integers(-3, 4, (6, 12)), rng.standard_normal((2, 6, 3, 3)).astype(np.float32)
+    rows, expected = golden.rows_of(x, g, 0), np.zeros(spec.tables.value.shape)
+    for t, (start, stop) in enumerate(plan.tiles):
+        p = np.einsum("gok,ngkyx->ngoyx", w.reshape(2, 3, 12)[:, :, start:stop], rows[:, :, start:stop]).reshape(gy.shape)
+        for at in np.ndindex(*gy.shape):
+            expected[row[t, at[1]], p[at] - macro.p_min] += gy[at]
+    got = choose.table_gradient(*(torch.from_numpy(a).float() for a in (x, w)), spec, torch.from_numpy(gy))
+    assert got.dtype == torch.float64 and np.allclose(got.numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("thresholds", "forms"), [*((t, [0, 3]) for t in FITTING), *((t, [3]) for t in CROWDED)])

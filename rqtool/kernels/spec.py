@@ -78,7 +78,8 @@ def inside_spec(plan: Plan, lo: np.ndarray, hi: np.ndarray) -> ReadSpec:
 def level_codes(plan: Plan, thresholds: np.ndarray) -> np.ndarray:
     """int64 [1 or O, P]: the code of every partial sum by thresholds [1 or O, top], one ADC for the layer or one for each column."""
     p_min, p_max = plan.macro.p_min, plan.macro.p_max
-    lo, hi = np.clip([thresholds.min() - 1, thresholds.max()], p_min, p_max)  # beyond them codes stay as they are, and most sums lie beyond
+    lo = int(np.clip(thresholds.min(), p_min + 1, p_max + 1)) - 1
+    hi = int(np.clip(thresholds.max(), lo, p_max))  # beyond both codes stay as they are, and most sums of a large array lie there
     code = adc.threshold_code(np.arange(lo, hi + 1), thresholds.T[:, :, None])
     return np.pad(code, ((0, 0), (lo - p_min, p_max - hi)), mode="edge")
 
