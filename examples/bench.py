@@ -87,7 +87,8 @@ class Layer:
         macro, tiles = self.macro, len(self.plan.tiles)
         if macro.levels == "free":
             p = np.arange(macro.p_min, macro.p_max + 1)
-            spec = free_level_spec(self.plan, *optimal_levels(1e6 * np.exp(-np.abs(p) / 50), macro))  # many sums near 0 and a long tail, as in real layers
+            thresholds, levels = optimal_levels(1e6 * np.exp(-np.abs(p) / 50), macro)  # many sums near 0 and a long tail, as in real layers
+            spec = free_level_spec(self.plan, np.tile(thresholds, (self.channels if macro.granularity == "column" else 1, 1)), levels)
         else:
             shape = {"layer": (1, 1), "column": (1, self.channels), "tile": (tiles, 1)}[macro.granularity]
             mult = adc.snap(np.full(shape, 16.0 if macro.wl <= 9 else 64.0), macro.shift)
@@ -171,7 +172,8 @@ def layer_step(threads: int, repeats: int) -> list[Row]:
 
 
 PLANS = {
-    "uniform, signed": {}, "step per column": {"granularity": "column"}, "step per tile": {"granularity": "tile"}, "free levels": {"levels": "free"}, "rows spread": {"pack": "spread"},
+    "uniform, signed": {}, "step per column": {"granularity": "column"}, "step per tile": {"granularity": "tile"}, "free levels": {"levels": "free"}, "free levels, step per column": {"levels": "free", "granularity": "column"},
+    "rows spread": {"pack": "spread"},
     "split": {"sign_scheme": "split"}, "offset": {"sign_scheme": "offset"}, "bit-serial inputs": {"dac_bits": 1}, "1-bit cells": {"cell_bits": 1},
 }  # fmt: skip
 

@@ -65,7 +65,7 @@ def reads(layer: dict, constants: dict[str, np.ndarray], codes: np.ndarray) -> I
         yield entry, p, adc_codes(layer["adc"], entry, p)
 
 
-def per_column(table: list[list[int]], entry: dict) -> list[int]:
+def per_column(table: list[list], entry: dict) -> list:
     """The entries of a [tiles or 1][columns or 1] table for each column of a read."""
     row = table[entry["tile"] % len(table)]
     count = entry["col_stop"] - entry["col_start"]
@@ -77,8 +77,9 @@ def adc_codes(adc: dict, entry: dict, p: np.ndarray) -> np.ndarray:
     if adc["kind"] == "ideal":
         return p
     if adc["kind"] == "free":
-        return np.searchsorted(adc["thresholds"], p, side="right")
-    columns = [adc["steps"]["thresholds"][n] for n in per_column(adc["step_of"], entry)]
+        columns = per_column([adc["thresholds"]], entry)
+    else:
+        columns = [adc["steps"]["thresholds"][n] for n in per_column(adc["step_of"], entry)]
     return np.stack([np.searchsorted(t, p[:, c], side="right") for c, t in enumerate(columns)], axis=1)
 
 

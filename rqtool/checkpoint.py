@@ -73,12 +73,18 @@ def _build(tensors: dict[str, np.ndarray], document: dict[str, Any]) -> Checkpoi
         parts[room][rest] = array
     macro, graph = Macro(**document["macro"]), Graph.from_json(document["graph"])
     network = build_network(graph, macro, {name: torch.from_numpy(np.array(a)) for name, a in parts["network"].items()})
-    program = Program.from_json(document["program"], parts["program"])
+    program = Program.from_json(document["program"], _with_rows(document["program"], parts["program"]))
     prove(program)
     _check_network(graph, program)
     return Checkpoint(
         macro, network, program, document["peaks"], Preprocess.from_dict(document["preprocess"]), document["classes"], document["recipe"], document["results"]
     )
+
+
+def _with_rows(program: dict[str, Any], constants: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The constants of a program; a file from before columns had thresholds of their own has them without the axis of the columns."""
+    names = {op["consts"]["thresholds"] for op in program["ops"] if "thresholds" in op["consts"]}
+    return {name: np.atleast_2d(array) if name in names else array for name, array in constants.items()}
 
 
 def _check_network(graph: Graph, program: Program) -> None:
@@ -101,7 +107,7 @@ def build_network(graph: Graph, macro: Macro, state: dict[str, torch.Tensor]) ->
     return network.eval()
 
 
-ADC_STATE = ("log_step", "zero", "real_zero", "thresholds", "levels")
+ADC_STATE = ("log_step", "zero", "real_zero", "thresholds", "levels", "unit", "log_gaps")
 
 
 def _of_adc(name: str) -> bool:

@@ -71,7 +71,8 @@ class Builder:
 
     def _free(self, plan: Plan) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         top, macro = self.macro.top, self.macro
-        thresholds = np.sort(self.rng.integers(macro.p_min, macro.p_max + 2, top))
+        rows = plan.geometry.columns if macro.granularity == "column" else 1
+        thresholds = np.sort(self.rng.integers(macro.p_min, macro.p_max + 2, (rows, top)))
         levels = np.sort(self.rng.integers(macro.p_min, macro.p_max + 1, top + 1)).clip(-32767, 32767)
         return {"kind": "free", "top": top}, {"thresholds": thresholds.astype(np.int32), "levels": levels.astype(np.int32)}
 
@@ -192,6 +193,11 @@ CASES: dict[str, Case] = {
     "tile_gains_beyond_8_bits": Case(Macro(granularity="tile", cell_bits=1), Geometry(4, 5, **SAME), gains="large"),
     "free_levels": Case(Macro(levels="free"), Geometry(3, 4, **SAME)),
     "free_levels_split": Case(Macro(levels="free", adc_bits=3, sign_scheme="split", wl=14), Geometry(3, 4, **SAME)),
+    "free_columns": Case(Macro(levels="free", granularity="column"), Geometry(4, 5, **SAME)),
+    "free_columns_groups": Case(Macro(levels="free", granularity="column", adc_bits=3, wl=5), Geometry(6, 4, (3, 2), (2, 1), (1, 0), (1, 2), groups=2), (7, 6), pad=5),
+    "free_columns_spread": Case(Macro(levels="free", granularity="column", adc_bits=2, wl=16, pack="spread", sign_scheme="split", dac_bits=2), Geometry(5, 6, **SAME)),
+    "free_columns_nthu": Case(Macro(levels="free", granularity="column", in_bits=2, w_bits=3, codebook="sign-magnitude"), Geometry(3, 8, **SAME)),
+    "free_columns_linear": Case(Macro(levels="free", granularity="column", adc_bits=6, sign_scheme="offset", cell_bits=2), Geometry(40, 7, kind="linear"), (1, 1)),
     "ideal": Case(Macro(adc_bits=None), Geometry(3, 4, **SAME)),
     "ideal_serial_sliced": Case(Macro(adc_bits=None, dac_bits=1, cell_bits=2, sign_scheme="split", wl=5), Geometry(3, 4, **SAME)),
     "padded_with_a_code": Case(Macro(), Geometry(3, 4, **SAME), pad=8),
@@ -234,7 +240,7 @@ def _random_case(rng: np.random.Generator) -> Case:
     macro = Macro(
         wl=int(rng.integers(1, 40)), in_bits=in_bits, w_bits=w_bits, sign_scheme=pick("signed", "split", "offset"), pack=pick("rows", "kernels", "spread"),
         adc_bits=None if kind == "ideal" else int(rng.integers(1, 9)), dac_bits=int(rng.integers(1, in_bits + 1)), cell_bits=int(rng.integers(1, w_bits)),
-        granularity="layer" if kind == "free" else pick("layer", "column", "tile"), levels="free" if kind == "free" else "uniform",
+        granularity=pick("layer", "column") if kind == "free" else pick("layer", "column", "tile"), levels="free" if kind == "free" else "uniform",
     )  # fmt: skip
     groups = pick(1, 1, 2, 3)
     kernel, dilation = (int(rng.integers(1, 4)), int(rng.integers(1, 4))), (int(rng.integers(1, 3)), int(rng.integers(1, 3)))

@@ -89,6 +89,52 @@ def test_a_file_holds_all_that_its_program_follows_from(made):
     assert torch.equal(scores, integers.double().mul(saved.program.meta["output_scale"]).float())
 
 
+FREE = Macro(levels="free", granularity="column", adc_bits=3)
+
+
+@pytest.fixture(scope="module")
+def free(tmp_path_factory) -> Path:
+    """f.rq: free levels with a step for each column, fine-tuned."""
+    folder = tmp_path_factory.mktemp("free")
+    rqtool.quantize(net(), DATA, FREE, out=folder / "f.rq", recipe=Recipe(epochs=1, batch=20), twin=False)
+    return folder / "f.rq"
+
+
+def test_a_file_with_free_levels_and_a_step_for_each_column(free, tmp_path):
+    """What was trained is what is served, exported, and judged."""
+    saved = checkpoint.load(free)
+    program, numbers = lower(saved.network, saved.macro, saved.peaks, Norm(*saved.preprocess.affine(1)), whole=True)
+    assert program.sha256() == saved.program.sha256()
+    assert [saved.program.const(op, "thresholds").shape for op in saved.program.reads()] == [(3, 7), (2, 7)]
+    scores, integers = (run_on(torch.from_numpy(DATA.test.x)) for run_on in (Served(saved.network, numbers), Runner(saved.program)))
+    assert torch.equal(scores, integers.double().mul(saved.program.meta["output_scale"]).float())
+    assert rqtool.evaluate(free, DATA).top1 == saved.results["metrics"]["tuned_top1"] and rqtool.evaluate(free, DATA, adc="ideal").images == 20
+    assert rqtool.export_onnx(free, tmp_path / "f.onnx", images=2).report["images"] == 2
+    saved.save(tmp_path / "again.rq")
+    assert checkpoint.load(tmp_path / "again.rq").program.sha256() == program.sha256()
+
+
+def test_the_command_judges_free_levels_with_a_step_for_each_column(free, tmp_path, capsys):
+    np.savez(tmp_path / "halves.npz", x=DATA.test.x, y=DATA.test.y)
+    assert run(["eval", str(free), "--data", str(tmp_path / "halves.npz"), "--diagnose", "--plots", str(tmp_path / "p"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["diagnosis"]
+    assert [row["layer"] for row in found["layers"]] == ["0", "4"] and all(row["sqnr"] > 5 for row in found["layers"])
+    assert "the thresholds are those of the column with the median step, one of 3" in (tmp_path / "p" / "00-0.svg").read_text(encoding="utf-8")
+
+
+def test_a_file_from_before_columns_had_thresholds_is_read(tmp_path):
+    rqtool.quantize(net(), DATA, Macro(levels="free"), out=tmp_path / "m.rq", recipe=CALIBRATED, twin=False)
+    saved = checkpoint.load(tmp_path / "m.rq")
+    for name in [name for name in saved.program.constants if name.endswith("thresholds")]:
+        saved.program.constants[name] = saved.program.constants[name][0]
+    state = {name: value[0] if name.endswith("thresholds") else value for name, value in saved.network.state_dict().items() if not name.endswith(".unit")}
+    saved.network.state_dict = lambda: state
+    saved.save(tmp_path / "old.rq")
+    again, first = (checkpoint.load(tmp_path / name) for name in ("old.rq", "m.rq"))
+    assert again.program.sha256() == first.program.sha256()
+    assert all(torch.equal(a, b) for a, b in zip(again.network.state_dict().values(), first.network.state_dict().values(), strict=True))
+
+
 def test_the_same_seed_gives_the_same_file(made, tmp_path):
     rqtool.quantize(net(), DATA, out=tmp_path / "m.rq", recipe=Recipe(epochs=1, batch=20))
     again, first = (checkpoint.load(folder / "m.rq").program.sha256() for folder in (tmp_path, made))

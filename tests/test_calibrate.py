@@ -19,7 +19,7 @@ from rqtool.mapping.plan import FREE_LEVEL_PEAK, Geometry, Plan
 from rqtool.mapping.planes import extract
 from rqtool.model.capture import capture
 from rqtool.program import golden
-from rqtool.train.calibrate import STEPS, batch_statistics, calibrate, norms, optimal_levels, optimal_uniform, reestimate_norms, set_adc
+from rqtool.train.calibrate import STEPS, batch_statistics, calibrate, norms, optimal_column_levels, optimal_levels, optimal_uniform, reestimate_norms, set_adc
 from rqtool.train.histogram import partial_sum_histogram
 from rqtool.train.layers import ReadLayer, group_shape, level_units
 from rqtool.train.rewrite import read_layers, rewrite
@@ -203,6 +203,61 @@ def test_free_levels_are_never_worse_than_uniform_ones(macro, mean, spread):
     assert squared <= uniform_error(h, macro, round(2**15 / step), zero) + rounding
 
 
+# -- free levels with a step for each column ---------------------------------------------------------------------------
+def squared_errors(histograms: np.ndarray, macro: Macro, thresholds: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """float64 [O] from thresholds [1 or O, top] and values [1 or O, top + 1] in partial-sum units, column by column."""
+    p = np.arange(macro.p_min, macro.p_max + 1)
+    thresholds, values = (np.broadcast_to(table, (len(histograms), table.shape[1])) for table in (thresholds, values))
+    return np.array([h @ (v[adc.threshold_code(p, row)] - p) ** 2 for h, row, v in zip(histograms, thresholds, values)])
+
+
+def of_the_layer(histograms: np.ndarray, macro: Macro) -> np.ndarray:
+    thresholds, levels = optimal_levels(histograms.sum(0), macro)
+    return squared_errors(histograms, macro, thresholds[None], levels[None] / level_units(macro))
+
+
+def of_columns(histograms: np.ndarray, macro: Macro) -> np.ndarray:
+    found = optimal_column_levels(histograms, macro)
+    thresholds = found.thresholds(macro)
+    assert thresholds.shape == (len(histograms), macro.top) and (np.diff(thresholds) >= 0).all() and (np.diff(found.levels) >= 0).all()
+    assert {adc.threshold_code(0, row) for row in thresholds.tolist()} == {found.zero} and found.levels[found.zero] == 0
+    assert np.abs(found.levels).max() <= FREE_LEVEL_PEAK and (found.ratio > 0).all()
+    error = squared_errors(histograms, macro, thresholds, found.ratio[:, None] / level_units(macro) * found.levels)
+    assert found.error == pytest.approx(error, rel=1e-6, abs=1e-6 * histograms.sum())
+    return error
+
+
+@settings(max_examples=25)
+@given(name=st.sampled_from(sorted(SMALL)), seed=st.integers(0, 1 << 32), columns=st.integers(1, 5), occurring=st.sampled_from([1, 4, 9, None]))
+def test_steps_of_columns_are_never_worse_than_levels_of_the_layer(name, seed, columns, occurring):
+    macro = replace(SMALL[name], levels="free", granularity="column")
+    h = histogram(macro, seed, columns, occurring)
+    h[0] *= seed % 2  # a column that no read was counted of
+    assert of_columns(h, macro).sum() <= of_the_layer(h, macro).sum() * (1 + 1e-9) + 1e-6
+
+
+UNLIKE = [Macro(), Macro(adc_bits=3), Macro(adc_bits=2), Macro(sign_scheme="split"), Macro(in_bits=2, w_bits=3, codebook="sign-magnitude"), Macro(wl=128), Macro(wl=128, adc_bits=6)]
+
+
+@pytest.mark.parametrize("macro", UNLIKE, ids=Macro.describe)
+def test_steps_of_columns_read_unlike_columns_much_better(macro):
+    """Columns of one form and of sizes from a third of the mean to three times it; two columns are dead, and one is hardly read."""
+    macro = replace(macro, levels="free", granularity="column", codebook=None if macro.codebook == "unsigned" else macro.codebook)
+    h = np.stack([bell(macro, 0, macro.p_max / 24 * 3 ** (o / 8 - 1)) for o in range(17)])
+    h[3], h[4] = 0, np.arange(h.shape[1]) == -macro.p_min
+    h[5] = h[5] > h[5].max() / 2
+    columns, layer = of_columns(h, macro), of_the_layer(h, macro)
+    assert columns.sum() <= layer.sum() and columns[6:].max() < layer.max()
+    relative = lambda error: (error[6:] / (h[6:] @ np.arange(macro.p_min, macro.p_max + 1) ** 2)).max()  # noqa: E731
+    assert relative(columns) < relative(layer) / 1.5
+
+
+def test_like_columns_share_the_step_of_the_layer():
+    macro = Macro(levels="free", granularity="column")
+    h = np.stack([bell(macro, 20, 60)] * 3)
+    assert optimal_column_levels(h, macro).ratio == pytest.approx([1, 1, 1], rel=0.02)
+
+
 # -- histograms --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("granularity", ["layer", "column", "tile"])
 @pytest.mark.parametrize("macro", [Macro(wl=5), Macro(sign_scheme="split", cell_bits=2), Macro(dac_bits=1, pack="kernels", wl=13)], ids=Macro.describe)
@@ -278,7 +333,21 @@ def test_set_adc_on_free_levels():
     h[0, [945 - 50, 945, 945 + 10, 945 + 11, 945 + 300]] = [5, 100, 5, 5, 1]
     set_adc(layer, h)
     assert layer.levels.tolist() == [-400, 0, 84, 2400]  # eighths: 10.5 * 8
-    assert layer.thresholds.tolist() == [-24, 5, 156]
+    assert layer.thresholds.tolist() == [[-24, 5, 156]]
+
+
+def test_set_adc_on_free_levels_with_a_step_for_each_column():
+    """The second column is the first one at twice the size, the third has no sums but 0: one shape, two steps, and nothing is lost."""
+    macro = Macro(levels="free", adc_bits=2, granularity="column")
+    layer = ReadLayer(Plan.make("layer", Geometry(1, 3), macro), nn.Parameter(torch.zeros(3, 1, 1, 1)), None)
+    h = np.zeros((3, 1891), np.int64)
+    for column, sums in enumerate(([-50, 0, 10, 200], [-100, 0, 20, 400], [0] * 4)):
+        h[column, np.array(sums) + 945] = [5, 100, 10, 1]
+    set_adc(layer, h)
+    assert float(layer.unit[1] / layer.unit[0]) == pytest.approx(2, rel=0.01)
+    values = layer.eval().level_values().numpy()
+    assert np.abs(values[:2] / [[1], [2]] - [-50, 0, 10, 200]).max() < 0.3
+    assert [[adc.threshold_code(p, row) for p in sums] for row, sums in zip(layer.thresholds.tolist(), ([-50, 0, 10, 200], [-100, 0, 20, 400], [0]))] == [[0, 1, 2, 3], [0, 1, 2, 3], [1]]
 
 
 # -- batch norm ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from rqtool.train.calibrate import calibrate
 from rqtool.train.diagnose import Converter, accuracies, converter, ideal_adcs, judged, layer_rows, look, together, trials, verdict
 from rqtool.train.finetune import Feed
 from rqtool.train.histogram import partial_sum_histogram, tile_histograms
-from rqtool.train.layers import ReadLayer, group_shape, level_units
+from rqtool.train.layers import ReadLayer, group_shape
 from rqtool.train.measure import clip_rate, layer_table, watched
 from rqtool.train.reads import pad_codes
 from rqtool.train.rewrite import read_layers, rewrite
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SVG = "{http://www.w3.org/2000/svg}"
 MACROS = {
     "layer": Macro(adc_bits=3), "column": Macro(adc_bits=3, granularity="column"), "tile": Macro(adc_bits=3, granularity="tile"), "free": Macro(adc_bits=3, levels="free"),
-    "split": Macro(adc_bits=3, sign_scheme="split", dac_bits=2), "offset": Macro(adc_bits=4, sign_scheme="offset", cell_bits=2),
+    "free column": Macro(adc_bits=3, levels="free", granularity="column"), "split": Macro(adc_bits=3, sign_scheme="split", dac_bits=2), "offset": Macro(adc_bits=4, sign_scheme="offset", cell_bits=2),
     "sign-magnitude": Macro(adc_bits=3, codebook="sign-magnitude"), "full": Macro(adc_bits=3, range="full"),
 }  # fmt: skip
 
@@ -101,9 +101,11 @@ def test_the_converter_is_the_definition(name):
     found = converter(layer)
     assert found.codes == macro.top + 1 and found.p[[0, -1]].tolist() == [macro.p_min, macro.p_max]
     if macro.levels == "free":
-        thresholds, levels = layer.thresholds.tolist(), layer.levels.tolist()
-        assert found.code[0].tolist() == [adc.threshold_code(int(p), thresholds) for p in found.p]
-        assert found.value[0].tolist() == [levels[c] / level_units(macro) for c in found.code[0]]
+        levels, units = layer.levels.tolist(), layer.unit.tolist()
+        assert len(found.code) == len(units) == (6 if macro.granularity == "column" else 1)
+        for code, value, thresholds, unit in zip(found.code.tolist(), found.value.tolist(), layer.thresholds.tolist(), units):
+            assert code == [adc.threshold_code(int(p), thresholds) for p in found.p]
+            assert value == [levels[c] * unit for c in code]
         return
     numbers = layer.adc()
     mults, zeros = (a.expand(group_shape(layer.plan)).flatten().tolist() for a in (numbers.mult, numbers.zero))
@@ -294,14 +296,15 @@ def test_where_plots_cannot_go(tmp_path):
     assert (tmp_path / "00-a_b.svg").read_text(encoding="utf-8") == "kept"
 
 
-@pytest.mark.parametrize("name", ["tile", "free"])
-def test_plots_of_a_layer_show_the_adc_with_the_median_step(tmp_path, name):
+@pytest.mark.parametrize(("name", "of"), [("tile", "tile"), ("free", None), ("free column", "column")])
+def test_plots_of_a_layer_show_the_adc_with_the_median_step(tmp_path, name, of):
     macro = MACROS[name]
     rqtool.quantize(net(), DATA, macro, out=tmp_path / "m.rq", recipe=Recipe(epochs=0, calibration_images=32), twin=False)
     found = rqtool.diagnose(tmp_path / "m.rq", DATA, limit=20, plots=tmp_path / "p")
     assert [Path(p).name for p in found.plots] == ["00-0.svg", "01-2.svg", "02-5.svg"]
     text = Path(found.plots[2]).read_text(encoding="utf-8")
-    assert drawn(text, "threshold") and ("the thresholds are those of the tile with the median step, one of 3" in text) == (name == "tile")
+    shared = f"the thresholds are those of the {of} with the median step, one of 3"
+    assert drawn(text, "threshold") and (shared in text if of else "median" not in text)
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def test_the_body_follows_from_the_adc() -> None:
     assert "Gather" in body_of("tile_across_channels")
     assert "ReduceSum" in body_of("tile_column_gains") and "QLinearConv" in body_of("tile_column_gains")
     assert "MatMulInteger" not in body_of("tile_gains_beyond_8_bits") and "MatMulInteger" in body_of("tile_gains")
-    for case in ("column_zeros", "tile_zeros", "free_levels", "ideal"):
+    for case in ("column_zeros", "tile_zeros", "free_levels", "free_columns", "ideal"):
         assert "QLinearConv" not in body_of(case), case
     assert "Pad" in body_of("padded_with_a_code")
     assert body_of("bit_serial").count("QLinearConv") == 4
@@ -264,6 +264,16 @@ def test_the_document_of_one_layer() -> None:
     mult = int(program.constants["reads0.mult"][0, 0])
     assert layer["adc"]["steps"]["mult"] == [mult] and layer["adc"]["steps"]["thresholds"] == [list(adc.uniform_thresholds(mult, 15, 8, 15))]
     assert layer["adc"]["tie_free"] is True and layer["adc"]["step_of"] == [[0]]
+
+
+def test_thresholds_of_columns_are_rows_of_the_document_and_one_for_each_read_in_the_file() -> None:
+    program = layer_program(CASES["free_columns_groups"])  # 4 columns in 2 groups, 4 tiles of each
+    model = to_onnx(program)
+    thresholds, held = program.constants["reads0.thresholds"], metadata.constants_of(model)["reads0/thresholds"]
+    assert metadata.read(model)["layers"][0]["adc"]["thresholds"] == thresholds.tolist() and thresholds.shape == (4, 7)
+    assert held.dtype == np.int32 and np.array_equal(held.reshape(7, 2, 4, 2), np.broadcast_to(thresholds.T.reshape(7, 2, 1, 2), (7, 2, 4, 2)))
+    alike = layer_program(CASES["free_levels"])
+    assert metadata.constants_of(to_onnx(alike))["reads0/thresholds"].tolist() == alike.constants["reads0.thresholds"].T.tolist()
 
 
 def test_columns_are_split_by_io_and_scales_come_from_the_program() -> None:
@@ -565,11 +575,15 @@ def test_verify_replays_the_metadata() -> None:
         verify(model, program, images(program, 1), batches=(1,), levels=("all",))
 
 
-def test_verify_replays_free_thresholds() -> None:
-    program = layer_program(CASES["free_levels"])
-    model = changed(None, program, lambda d: d["layers"][0]["adc"].update(thresholds=[-9] * 15))
-    with pytest.raises(CheckError, match=r"^metadata of layer0, tile 0, columns 0\.\.3: code differs from the definition at \d+ of 120 integers, first at "):
+@pytest.mark.parametrize(("case", "change"), [("free_levels", lambda adc: adc.update(thresholds=[[-9] * 15])), ("free_columns", lambda adc: adc["thresholds"].reverse())])
+def test_thresholds_that_the_graph_does_not_have_are_refused(case: str, change: Any) -> None:
+    """The graph and the document are compared first; a reader of the document alone would get other codes."""
+    program = layer_program(CASES[case])
+    model = changed(None, program, lambda d: change(d["layers"][0]["adc"]))
+    with pytest.raises(CheckError, match="^layer0: the tensor reads0/thresholds is not the thresholds of the metadata; the file is not what rqtool export wrote, export it again$"):
         verify(model, program, images(program, 1), batches=(1,), levels=("all",))
+    layer, x = metadata.read(model)["layers"][0], images(program, 1)
+    assert not np.array_equal(replay.accumulators(layer, metadata.constants_of(model), x), golden.run(program, x)[program.output])
 
 
 def test_verify_refuses_another_program_or_other_images() -> None:
@@ -591,7 +605,7 @@ def test_compare_says_where() -> None:
         compare("a", np.array([1]), np.array([1, 2]))
 
 
-@pytest.mark.parametrize("case", ["serial_and_sliced", "free_levels", "ideal", "groups_uneven", "padded_serial", "spread_sliced_groups"])
+@pytest.mark.parametrize("case", ["serial_and_sliced", "free_levels", "free_columns_groups", "free_columns_spread", "ideal", "groups_uneven", "padded_serial", "spread_sliced_groups"])
 def test_a_file_is_verified_without_its_program(case: str) -> None:
     program = layer_program(CASES[case])
     assert verify_file(to_onnx(program), images=2) == 2 * 2 * np.prod(program.tensors[program.output].shape)
@@ -618,6 +632,10 @@ def test_a_changed_function_is_found_without_the_program() -> None:
         verify_file(changed(no_copies, doc_change=lambda d: reads(d)["tile"].__setitem__(3, 9)))
     with pytest.raises(CheckError, match="^layer0: the tensor reads0/levels is not the levels of the metadata;"):
         verify_file(changed(no_copies, layer_program(CASES["free_levels"]), lambda d: d["layers"][0]["adc"].update(levels=[0] * 16)))
+    with pytest.raises(CheckError, match="^layer0: the tensor reads0/thresholds is not the thresholds of the metadata;"):
+        verify_file(changed(no_copies, layer_program(CASES["free_columns"]), lambda d: d["layers"][0]["adc"]["thresholds"].reverse()))
+    with pytest.raises(CheckError, match="^the graph and the metadata contradict each other "):
+        verify_file(changed(no_copies, layer_program(CASES["free_columns"]), lambda d: d["layers"][0]["adc"]["thresholds"].pop()))
 
 
 # -- vectors -----------------------------------------------------------------------------------------------------------------

@@ -111,12 +111,13 @@ def test_no_epochs_leave_the_calibrated_network():
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in before.state.items())
 
 
-def test_every_parameter_that_can_learn_does():
-    network = started()
+@pytest.mark.parametrize("macro", [FEW_BITS, replace(FEW_BITS, levels="free", granularity="column")], ids=Macro.describe)
+def test_every_parameter_that_can_learn_does(macro):
+    network = started(macro)
     start = deepcopy(network.state_dict())
     finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), WORST)
     unchanged = {name for name, value in network.state_dict().items() if torch.equal(value, start[name])}
-    assert unchanged <= {f"layers.{layer}.{role}" for layer in "06" for role in ("zero", "real_zero", "input.zero")}
+    assert unchanged <= {f"layers.{layer}.{role}" for layer in "06" for role in ("zero", "real_zero", "input.zero", "levels", "thresholds")}  # integers need not move
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -33,6 +33,7 @@ MACROS = {
     "split tiles": Macro(granularity="tile", sign_scheme="split"),
     "offset columns": Macro(granularity="column", sign_scheme="offset"),
     "free": Macro(levels="free"),
+    "free columns": Macro(levels="free", granularity="column", adc_bits=3),
     "few bits": Macro(in_bits=2, w_bits=3, codebook="sign-magnitude"),
     "serial slices": Macro(dac_bits=1, cell_bits=1, in_bits=3),
     "many rows": Macro(wl=128, adc_bits=6),

@@ -215,8 +215,15 @@ def test_gains_of_tiles_and_steps_of_columns_by_hand():
 def test_free_levels_by_hand():
     macro = replace(BY_HAND, levels="free")
     free = {"kind": "free", "top": 3}
-    program = reads_program(macro, FC, WEIGHTS, (1, 1), spec=free, thresholds=[-5, 0, 5], levels=[-9, -2, 1, 12])
+    program = reads_program(macro, FC, WEIGHTS, (1, 1), spec=free, thresholds=[[-5, 0, 5]], levels=[-9, -2, 1, 12])
     assert run(program, INPUTS).reshape(2, 2).tolist() == [[12 - 9, 1 + 1], [-2 + 1, -2 + 1]]
+
+
+def test_free_levels_with_thresholds_of_columns_by_hand():
+    """Column 0 as above; column 1, whose step is a fifth: 1 -> code 3, -1 -> 1, 4 -> 3, 2 -> 3."""
+    macro = replace(BY_HAND, levels="free", granularity="column")
+    program = reads_program(macro, FC, WEIGHTS, (1, 1), spec={"kind": "free"}, thresholds=[[-5, 0, 5], [-1, 0, 1]], levels=[-9, -2, 1, 12])
+    assert run(program, INPUTS).reshape(2, 2).tolist() == [[12 - 9, 12 + 12], [-2 + 1, -2 + 12]]
 
 
 # -- any ADC: plain loops and fractions ------------------------------------------------------------------------------
@@ -287,10 +294,11 @@ def test_any_uniform_adc_equals_plain_fractions(data):
 def test_any_free_levels_equal_a_plain_table(data):
     m = Macro(wl=4, in_bits=2, w_bits=3, sign_scheme=data.draw(st.sampled_from(SIGN_SCHEMES)), levels="free", adc_bits=data.draw(st.integers(1, 4)))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    thresholds, levels = np.sort(rng.integers(m.p_min, m.p_max + 2, m.top)), np.sort(rng.integers(-99, 99, m.top + 1))
+    rows = int(rng.integers(1, 3))
+    thresholds, levels = np.sort(rng.integers(m.p_min, m.p_max + 2, (rows, m.top))), np.sort(rng.integers(-99, 99, m.top + 1))
     w, x = rng.integers(-m.q_w, m.q_w + 1, (2, 10)), rng.integers(0, m.q_x + 1, (2, 10))
     program = reads_program(m, Geometry(10, 2), w, (1, 1), spec={"kind": "free", "top": m.top}, thresholds=thresholds, levels=levels)
-    plain = plain_layer(m, w, x, lambda p, t, o: int(levels[sum(p >= threshold for threshold in thresholds)]))
+    plain = plain_layer(m, w, x, lambda p, t, o: int(levels[sum(p >= threshold for threshold in thresholds[o % rows])]))
     assert run(program, x[..., None, None])[..., 0, 0].tolist() == plain
 
 

@@ -19,7 +19,7 @@ from rqtool.errors import ConfigError
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
 from rqtool.kernels import blocks, certify, choose, compiled, cpu, records, reference, requant, threads, vector
-from rqtool.kernels.spec import Noise, ReadSpec, Tables, free_level_spec, make_spec
+from rqtool.kernels.spec import Noise, ReadSpec, Tables, free_level_spec, inside_spec, level_codes, make_spec
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import extract
 from rqtool.program import golden, run
@@ -58,7 +58,7 @@ def random_macro(rng: np.random.Generator) -> Macro:
             return Macro(
                 wl=int(rng.integers(1, 60)), adc_bits=int(rng.integers(1, 9)), in_bits=in_bits, w_bits=w_bits, sign_scheme=scheme, pack=pick(rng, "rows", "kernels", "spread"),
                 codebook=pick(rng, None, "sign-magnitude"), dac_bits=pick(rng, None, int(rng.integers(1, in_bits + 1))), cell_bits=pick(rng, None, int(rng.integers(1, w_bits))),
-                levels=levels, granularity="layer" if levels == "free" else pick(rng, "layer", "column", "tile"),
+                levels=levels, granularity=pick(rng, "layer", "column") if levels == "free" else pick(rng, "layer", "column", "tile"),
             )  # fmt: skip
         except ConfigError:
             continue
@@ -78,7 +78,7 @@ def random_geometry(rng: np.random.Generator) -> Geometry:
 def random_tables(rng: np.random.Generator, plan: Plan) -> dict[str, np.ndarray]:
     macro, tiles, columns = plan.macro, len(plan.tiles), plan.geometry.columns
     if macro.levels == "free":
-        thresholds = np.sort(rng.integers(macro.p_min, macro.p_max + 2, macro.top))
+        thresholds = np.sort(rng.integers(macro.p_min, macro.p_max + 2, (columns if macro.granularity == "column" else 1, macro.top)))
         return {"thresholds": thresholds, "levels": np.sort(rng.integers(-32767, 32768, macro.top + 1))}
     shape = {"layer": (1, 1), "column": (1, columns), "tile": pick(rng, (tiles, 1), (tiles, columns))}[macro.granularity]
     step = np.exp(rng.uniform(0, np.log(max(2.0, (macro.p_max - macro.p_min) / (macro.top + 1))), shape))
@@ -450,7 +450,7 @@ def test_table_gradients_do_not_move_the_step():
     plan = Plan.make("layer", Geometry(3, 5, (3, 3)), Macro(levels="free"))
     rng = np.random.default_rng(2)
     x, w, gy = rng.integers(0, 16, (2, 3, 6, 7)), rng.integers(-7, 8, (5, 27)), rng.standard_normal((2, 5, 4, 5))
-    spec = free_level_spec(plan, np.arange(-70, 80, 10), np.arange(-800, 800, 100))
+    spec = free_level_spec(plan, np.arange(-70, 80, 10)[None], np.arange(-800, 800, 100))
     slope = rng.random((1, plan.macro.p_max - plan.macro.p_min + 1)).astype(np.float32)
     spec = replace(spec, tables=replace(spec.tables, slope=slope))
     expected = explicit_gradients(x, w, spec, gy, 0.0, lambda p, t: torch.from_numpy(slope[0].astype(np.float64))[p.long() - plan.macro.p_min])
@@ -459,6 +459,22 @@ def test_table_gradients_do_not_move_the_step():
         assert not dstep.any() and not dzero.any()
         assert close(dx, expected[0], np.abs(gy).max() * np.abs(w).sum(0).max())
         assert close(dw, expected[1], np.abs(gy).sum((0, 2, 3)).max() * 15)
+
+
+@pytest.mark.parametrize("macro", [Macro(granularity="column"), Macro(granularity="column", wl=128, sign_scheme="split"), Macro(granularity="column", in_bits=2, w_bits=3, wl=5)], ids=Macro.describe)
+@settings(max_examples=15)
+@given(seed=st.integers(0, 1 << 32))
+def test_reads_within_the_ends_hand_the_gradient_on_exactly(macro, seed):
+    """Whole numbers all through, so that float32 is exact: every form gives the very sums, at the ends themselves too."""
+    rng, plan = np.random.default_rng(seed), Plan.make("layer", Geometry(2, 6, (3, 2), (2, 1)), macro)
+    lo, hi = np.sort(rng.integers(max(-60, macro.p_min), min(60, macro.p_max) + 1, (2, 6)), 0)
+    x, w, gy = rng.integers(0, macro.q_x + 1, (2, 2, 7, 6)), rng.integers(-macro.q_w, macro.q_w + 1, (6, 12)), rng.integers(-9, 10, (2, 6, 3, 5))
+    w = extract(w, plan.weight_planes[0])
+    spec, (low, high) = inside_spec(plan, lo, hi), (torch.from_numpy(ends).view(1, -1, 1) for ends in (lo, hi))
+    dx, dw, *_ = explicit_gradients(x, w, spec, gy, 0.0, lambda p, t: ((p >= low) & (p <= high)).double())
+    for backward in CARRIERS.values():
+        got = backward(x, w, spec, gy)
+        assert np.array_equal(got[0], dx) and np.array_equal(got[1], dw)
 
 
 # -- threads, empty batches ----------------------------------------------------------------------------------------------
@@ -508,31 +524,85 @@ def test_an_image_of_one_position_and_columns_that_fill_no_strip():
 @settings(max_examples=60)
 @given(seed=st.integers(0, 1 << 32), bits=st.integers(1, 5))
 def test_free_levels_in_16_bits_are_the_table(seed, bits):
-    """Any ascending thresholds, also equal ones and ones that no partial sum reaches; every partial sum there is."""
+    """Any ascending thresholds, for the layer or for each column, also equal ones and ones that no partial sum reaches; every partial sum there is."""
     rng, macro = np.random.default_rng(seed), Macro(levels="free", adc_bits=bits, wl=int(np.random.default_rng(seed).integers(1, 60)))
     plan = Plan.make("layer", Geometry(2, 3), macro)
-    spec = free_level_spec(plan, np.sort(rng.integers(macro.p_min - 5, macro.p_max + 6, macro.top)), np.sort(rng.integers(-32767, 32768, macro.top + 1)))
+    thresholds, levels = np.sort(rng.integers(macro.p_min - 5, macro.p_max + 6, (int(rng.choice([1, 3])), macro.top)), 1), np.sort(rng.integers(-32767, 32768, macro.top + 1))
+    spec = free_level_spec(plan, thresholds, levels)
     found = certify.every_level(np.arange(macro.p_min, macro.p_max + 1), spec.tables)
     assert vector.DOT8 <= len(found) <= 2 * vector.DOT8
-    assert all(np.array_equal(levels, spec.tables.value[0]) for levels in found)
+    expected = [[levels[adc.threshold_code(p, row.tolist())] for p in range(macro.p_min, macro.p_max + 1)] for row in thresholds]
+    assert all(np.array_equal(values, expected) for values in (spec.tables.value, *found))
 
 
-FITTING = [range(-70, 80, 10), (-218, -140, -96, -65, -41, -22, -6, 7, 23, 43, 69, 102, 145, 205, 301), range(-7, 8), (-900, *range(-260, 261, 40), 900)]
+FITTING = [range(-70, 80, 10), (-218, -140, -96, -65, -41, -22, -6, 7, 23, 43, 69, 102, 145, 205, 301), range(-7, 8), (-900, *range(-240, 241, 40), 900)]
 CROWDED = [(-900, -800, -700, -600, *range(-3, 4), 600, 700, 800, 900), (-400, -186, -86, -40, -19, -9, -4, 1, 4, 9, 19, 40, 86, 186, 400)]
+
+
+def test_one_wrong_level_of_one_column_is_no_certificate(monkeypatch):
+    plan = Plan.make("layer", Geometry(2, 3), Macro(levels="free", granularity="column"))
+    spec = free_level_spec(plan, np.arange(-70, 80, 10) + np.array([[0], [3], [9]]), np.arange(-7, 9) * 50)
+    wrong = spec.tables.value.copy()
+    wrong[2, 1000] += 1
+    for found, certified in (([spec.tables.value], True), ([spec.tables.value, wrong], False)):
+        monkeypatch.setattr(choose, "every_level", lambda p, spec, found=found: found)
+        assert run.certified_levels(spec) == certified
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 1 << 32))
+def test_codes_of_every_partial_sum_are_those_of_each(seed):
+    """Thresholds close together, far apart, and all on one side of what can occur."""
+    rng, macro = np.random.default_rng(seed), Macro(wl=3, adc_bits=int(np.random.default_rng(seed).integers(1, 4)), levels="free", sign_scheme=pick(np.random.default_rng(seed), "signed", "split"))
+    low, high = np.sort(rng.integers(macro.p_min - 300, macro.p_max + 301, 2))
+    thresholds = np.sort(rng.integers(low, high + 1, (int(rng.integers(1, 4)), macro.top)), 1)
+    expected = [[adc.threshold_code(p, row) for p in range(macro.p_min, macro.p_max + 1)] for row in thresholds.tolist()]
+    assert level_codes(Plan.make("layer", Geometry(2, 3), macro), thresholds).tolist() == expected
+
+
+@pytest.mark.parametrize("carrier", ["one pass", "torch"])
+@pytest.mark.parametrize("granularity", ["layer", "column", "tile"])
+def test_values_of_a_table_get_the_gradients_of_the_reads_that_looked_them_up(granularity, carrier, monkeypatch):
+    """Counted one by one, in every row of its own."""
+    if carrier == "torch":
+        monkeypatch.setattr(choose, "numba_available", lambda: False)
+    g, macro = Geometry(4, 6, (3, 2), groups=2), Macro(wl=5, in_bits=2, w_bits=3, granularity=granularity)
+    plan, rng = Plan.make("layer", g, macro), np.random.default_rng(0)
+    tiles, columns, span = len(plan.tiles), g.columns, macro.p_max - macro.p_min + 1
+    row = np.broadcast_to({"layer": np.zeros((1, 1), int), "column": np.arange(columns)[None], "tile": np.arange(tiles)[:, None]}[granularity], (tiles, columns)).copy()
+    spec = make_spec(plan, *np.ones((3, 1, 1)), tables=Tables(macro.p_min, row, None, np.zeros((row.max() + 1, span), np.float32)))
+    x, w, gy = rng.integers(0, 4, (2, 4, 5, 4)), rng.integers(-3, 4, (6, 12)), rng.standard_normal((2, 6, 3, 3)).astype(np.float32)
+    rows, expected = golden.rows_of(x, g, 0), np.zeros(spec.tables.value.shape)
+    for t, (start, stop) in enumerate(plan.tiles):
+        p = np.einsum("gok,ngkyx->ngoyx", w.reshape(2, 3, 12)[:, :, start:stop], rows[:, :, start:stop]).reshape(gy.shape)
+        for at in np.ndindex(*gy.shape):
+            expected[row[t, at[1]], p[at] - macro.p_min] += gy[at]
+    got = choose.table_gradient(*(torch.from_numpy(a).float() for a in (x, w)), spec, torch.from_numpy(gy))
+    assert got.dtype == torch.float64 and np.allclose(got.numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("thresholds", "forms"), [*((t, [0, 3]) for t in FITTING), *((t, [3]) for t in CROWDED)])
 def test_free_levels_are_found_by_buckets_where_no_two_thresholds_share_one(thresholds, forms):
     """The second set is that of a convolution of ResNet-20; crowded ones are dense in the middle and far apart outside."""
     plan = Plan.make("layer", Geometry(2, 3), Macro(levels="free"))
-    tables = free_level_spec(plan, np.array(thresholds), np.arange(-7, 9) * 50).tables
+    tables = free_level_spec(plan, np.array([thresholds]), np.arange(-7, 9) * 50).tables
     assert [form for form, _ in records.levels16(tables)] == forms
+
+
+@pytest.mark.parametrize(("rows", "forms"), [([FITTING[0], FITTING[3], FITTING[1]], [0, 3]), ([FITTING[0], CROWDED[0], FITTING[1]], [3]), ([[5] * 15, FITTING[0], [9999] * 15], [0, 3])])
+def test_columns_take_the_first_form_that_all_of_them_can(rows, forms):
+    """Rows of fewer steps are halved as often as the others; tiles share the records of their columns."""
+    plan = Plan.make("layer", Geometry(20, 3), Macro(levels="free", granularity="column"))
+    spec = free_level_spec(plan, np.array(rows), np.arange(-7, 9) * 50)
+    found = records.levels16(spec.tables)
+    assert [(form, len(each)) for form, each in found] == [(form, 3) for form in forms]
+    assert records.sixteen(spec, 4).adcs.shape == (1, 1, 4) and run.certified_levels(spec)
 
 
 def test_free_levels_with_more_steps_than_registers_hold_stay_tables():
     plan = Plan.make("layer", Geometry(2, 3), Macro(levels="free", adc_bits=6))
-    assert records.levels16(free_level_spec(plan, np.arange(-31, 32), np.arange(64)).tables) == []
-    halves = free_level_spec(plan, np.arange(-31, 32), np.zeros(64, int)).tables
+    assert records.levels16(free_level_spec(plan, np.arange(-31, 32)[None], np.arange(64)).tables) == []
+    halves = free_level_spec(plan, np.arange(-31, 32)[None], np.zeros(64, int)).tables
     assert records.levels16(replace(halves, value=halves.value + np.float32(0.5))) == []
 
 

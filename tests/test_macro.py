@@ -145,8 +145,11 @@ def test_the_digest_names_the_configuration():
         ({"range": "fixed", "step": "4"}, "--step must be from 1 to 32767 partial-sum units per code, not 4"),
         ({"codebook": "unsigned"}, "--codebook unsigned has no code below zero, but --sign-scheme signed reads negative partial sums; use --codebook twos or --sign-scheme split"),
         ({"codebook": "sign-magnitude", "adc_bits": 1}, "--codebook sign-magnitude with --adc-bits 1 has a single code; use --adc-bits 2 or --codebook twos"),
-        ({"levels": "free", "range": "full"}, "--levels free are placed on a layer's own histogram; use them with --range calibrated and --granularity layer"),
-        ({"levels": "free", "granularity": "tile"}, "--levels free are placed on a layer's own histogram; use them with --range calibrated and --granularity layer"),
+        ({"levels": "free", "range": "full"}, "--levels free are placed on a layer's own histogram; use them with --range calibrated"),
+        (
+            {"levels": "free", "granularity": "tile"},
+            "--levels free are whole numbers that add up over the tiles, which therefore share a step; use them with --granularity layer or column",
+        ),
         (
             {"wl": 256, "adc_bits": 8},
             "256 wordlines x 4-bit inputs x 3-bit cells sum to 26880, beyond the 16383 that a 8-bit ADC is exact for; lower --wl, --dac-bits or --cell-bits",

@@ -45,7 +45,7 @@ def put(value: Any, path: tuple, new: Any) -> None:
     value[path[-1]] = new
 
 
-PROGRAMS = [network(0), network(1, floats=True), layer_program(CASES["linear"])]
+PROGRAMS = [network(0), network(1, floats=True), layer_program(CASES["linear"]), layer_program(CASES["free_columns"])]
 DATA = [p.to_json() for p in PROGRAMS]
 NEW = st.sampled_from([-1, 0, 1, 2, 3, 7, 16, 1 << 20, 1 << 40, 0.5, None, "x", True, [], [1, 2], {}, [[0, 1], [1, 0]]])
 
@@ -98,6 +98,23 @@ def test_an_order_takes_each_row_once(order: np.ndarray) -> None:
     del program.ops[0].consts["order"]
     with pytest.raises(InputError, match="^the integer program is broken at 'reads0': it has no constant for order; make the file again$"):
         prove(program)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "sentence"),
+    [
+        (np.zeros(15), "its thresholds have shape [15]"),
+        (np.zeros((2, 15)), "its thresholds have shape [2, 15]"),
+        (np.zeros((5, 14)), "its thresholds and levels are not one code book"),
+        (np.tile(np.arange(15), (5, 1)) * [[1], [1], [1], [1], [-1]], "its thresholds do not ascend"),
+    ],
+)
+def test_thresholds_are_ascending_rows_for_the_layer_or_for_each_column(thresholds: np.ndarray, sentence: str) -> None:
+    program = layer_program(CASES["free_columns"])
+    program.constants["reads0.thresholds"] = thresholds.astype(np.int32)
+    with pytest.raises(InputError) as e:
+        prove(program)
+    assert str(e.value) == f"the integer program is broken at 'reads0': {sentence}; make the file again"
 
 
 def test_the_sentence() -> None:

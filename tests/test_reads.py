@@ -69,7 +69,7 @@ def layer_of(macro: Macro, g: Geometry, seed: int = 0, zero: int = 0) -> ReadLay
     with torch.no_grad():
         layer.input.log_scale.fill_(np.log(0.21))
         if not macro.ideal:
-            layer.log_step += torch.rand(layer.log_step.shape, generator=rng) * np.log(max(1.5, macro.p_max / 8)) if macro.range == "calibrated" else 0
+            layer.log_step += torch.rand(layer.log_step.shape, generator=rng) * np.log(max(1.5, macro.p_max / 8)) if macro.range == "calibrated" and macro.levels == "uniform" else 0
     return layer
 
 
@@ -132,6 +132,9 @@ MACROS = {
     "fixed": Macro(range="fixed", step=17.3),
     "free": Macro(levels="free", adc_bits=3),
     "free split": Macro(levels="free", sign_scheme="split"),
+    "free column": Macro(levels="free", granularity="column"),
+    "free column, two bits": Macro(levels="free", granularity="column", adc_bits=2, wl=5, sign_scheme="split", dac_bits=2),
+    "free column, nthu": Macro(levels="free", granularity="column", in_bits=2, w_bits=3, codebook="sign-magnitude"),
     "many rows": Macro(wl=128, in_bits=2),
 }
 
@@ -148,10 +151,10 @@ def program_of(layer: ReadLayer, size: tuple[int, int]) -> Program:
 def with_levels(layer: ReadLayer, seed: int, peak: int = 3000) -> ReadLayer:
     macro, rng = layer.plan.macro, np.random.default_rng(seed)
     if macro.levels == "free":
-        layer.thresholds.copy_(torch.from_numpy(np.sort(rng.choice(np.arange(macro.p_min + 1, macro.p_max), macro.top, replace=False))))
         zero, levels = int(rng.integers(0, macro.top + 1)), torch.from_numpy(np.sort(rng.integers(-peak, peak, macro.top + 1)))
         levels -= int(levels[zero])
-        layer.set_levels(nearest_thresholds(levels, zero, level_units(macro)), levels)
+        ratio = np.exp(rng.uniform(-2, 1, layer.unit.numel())) if macro.granularity == "column" else np.ones(1)
+        layer.set_levels(nearest_thresholds(levels, zero, torch.from_numpy(ratio / level_units(macro))), levels, ratio)
     return layer
 
 
@@ -296,27 +299,60 @@ def test_a_zero_s_gradient_is_the_sum_over_all_reads(name, mode):
     assert torch.equal(layer.read(x, w), y)
 
 
-@pytest.mark.parametrize("about", [{}, {"sign_scheme": "split"}, {"dac_bits": 2}], ids=["signed", "split", "serial"])
-def test_the_gaps_between_free_levels_get_the_gradient_of_every_read(about, monkeypatch):
-    """d/d log gap_n = gap_n times the gradients of all reads whose code lies beyond the gap, seen from the code of p = 0: + above, - below."""
+FREE = {"signed": {}, "split": {"sign_scheme": "split"}, "serial": {"dac_bits": 2}, "columns": {"granularity": "column"}, "split columns": {"sign_scheme": "split", "granularity": "column"}}
+
+
+@pytest.mark.parametrize("about", FREE.values(), ids=FREE)
+def test_gaps_and_steps_of_free_levels_get_the_gradient_of_every_read(about, monkeypatch):
+    """d/d log gap_n = gap_n times the gradients, each times its column's ratio, of all reads whose code lies beyond the gap, seen from the
+    code of p = 0: + above, - below. d/d log step_o = the gradients of the reads of column o, each times its value."""
     monkeypatch.setattr(layers, "LEVEL_IMAGES", 2)
     macro, g = Macro(adc_bits=3, wl=5, levels="free", **about), Geometry(2, 4, (3, 3))
     layer = with_levels(layer_of(macro, g), 5, 400).train()
     x, w = codes_and_weights(macro, g)
     gy = torch.randn(2, 4, 4, 5, generator=torch.Generator().manual_seed(9))
     (layer.read(x, w) * gy).sum().backward()
-    zero, thresholds = int(layer.zero), layer.thresholds.tolist()
-    assert adc.threshold_code(0, thresholds) == zero and int(layer.levels[zero]) == 0
-    expected = torch.zeros(macro.top, dtype=torch.float64)
+    zero, thresholds = int(layer.zero.flatten()[0]), layer.thresholds.T.unsqueeze(2)
+    assert (adc.threshold_code(0, thresholds) == zero).all() and int(layer.levels[zero]) == 0
+    ratio, values = (layer.unit * level_units(macro)).view(-1, 1), (layer.unit.view(-1, 1) * layer.levels).expand(4, -1)
+    expected, steps = torch.zeros(macro.top, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
     for a, b in product(zip(layer.plan.input_planes, split_planes(x, layer.plan.input_planes)), zip(layer.plan.weight_planes, split_planes(w, layer.plan.weight_planes))):
         rows = F.unfold(a[1].detach().double(), g.kernel)
         for first, last in layer.plan.tiles:
             code = adc.threshold_code(torch.einsum("ok,nkl->nol", b[1].detach().double()[:, first:last], rows[:, first:last]), thresholds)
+            grad = a[0].factor * b[0].factor * gy.flatten(2).double()
+            steps += torch.stack([(grad[:, o] * values[o, code[:, o]]).sum() for o in range(4)])
             for n in range(macro.top):
                 reach = (code > n).double() if n >= zero else -(code <= n).double()
-                expected[n] += a[0].factor * b[0].factor * (gy.flatten(2).double() * reach).sum()
+                expected[n] += (grad * ratio * reach).sum()
     expected *= layer.log_gaps.detach().exp()
     assert torch.allclose(layer.log_gaps.grad, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    if macro.granularity == "column":
+        assert torch.allclose(layer.log_step.grad, steps, rtol=1e-5, atol=1e-5 * float(steps.abs().max()))
+
+
+@pytest.mark.parametrize("about", FREE.values(), ids=FREE)
+def test_reads_of_free_levels_are_straight_through_between_the_end_levels(about):
+    """Against float64 formulas; a good part of the reads lies beyond."""
+    macro, g = Macro(adc_bits=3, wl=5, levels="free", **about), Geometry(2, 4, (3, 3))
+    layer = with_levels(layer_of(macro, g), 5, 250).train()
+    x, w = codes_and_weights(macro, g)
+    gy = torch.randn(2, 4, 4, 5, generator=torch.Generator().manual_seed(9))
+    (layer.read(x, w) * gy).sum().backward()
+    lo, hi = (torch.from_numpy(ends).view(1, -1, 1) for ends in layer.level_ends())
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    total, beyond = 0, []
+    for a, b in product(zip(layer.plan.input_planes, split_planes(wide[0], layer.plan.input_planes)), zip(layer.plan.weight_planes, split_planes(wide[1], layer.plan.weight_planes))):
+        rows = F.unfold(a[1], g.kernel)
+        for first, last in layer.plan.tiles:
+            p = torch.einsum("ok,nkl->nol", b[1][:, first:last], rows[:, first:last])
+            inside = (p >= lo) & (p <= hi)
+            beyond.append(1 - inside.double().mean())
+            total = total + a[0].factor * b[0].factor * (gy.flatten(2) * p * inside).sum()
+    assert 0.05 < np.mean(beyond) < 0.95
+    total.backward()
+    for got, expected in zip((x.grad, w.grad), (t.grad for t in wide)):
+        assert torch.allclose(got.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_the_gradient_of_free_levels_is_counted_on_the_first_images():
@@ -336,18 +372,41 @@ def test_served_levels_follow_the_learned_gaps():
     layer = layer_of(Macro(levels="free", adc_bits=2), GEOMETRIES["conv"]).train()
     layer.set_levels([-24, 5, 156], [-400, 0, 84, 2400])  # eighths: -50, 0, 10.5, 300
     assert layer.learned_levels().tolist() == pytest.approx([-50, 0, 10.5, 300])
-    assert (layer.levels.tolist(), layer.thresholds.tolist()) == ([-400, 0, 84, 2400], [-25, 6, 156])  # at half way, the upper of two where both are as near
+    assert (layer.levels.tolist(), layer.thresholds.tolist()) == ([-400, 0, 84, 2400], [[-25, 6, 156]])  # at half way, the upper of two where both are as near
     with torch.no_grad():
         layer.log_gaps[1] += log(2)
     assert layer.learned_levels().tolist() == pytest.approx([-50, 0, 21, 310.5])
-    assert (layer.levels.tolist(), layer.thresholds.tolist()) == ([-400, 0, 168, 2484], [-25, 11, 166])
+    assert (layer.levels.tolist(), layer.thresholds.tolist()) == ([-400, 0, 168, 2484], [[-25, 11, 166]])
+
+
+def test_served_thresholds_and_units_follow_the_learned_steps_of_columns():
+    layer = layer_of(Macro(levels="free", adc_bits=2, granularity="column"), Geometry(1, 2)).train()
+    layer.set_levels([[-25, 6, 156]] * 2, [-400, 0, 84, 2400])
+    with torch.no_grad():
+        layer.log_step[0, 1] -= log(2)
+    assert layer.level_values().tolist() == [pytest.approx([-50, 0, 10.5, 300]), pytest.approx([-25, 0, 5.25, 150])]
+    assert layer.thresholds.tolist() == [[-25, 6, 156], [-12, 3, 78]] and layer.levels.tolist() == [-400, 0, 84, 2400]
+    assert layer.unit.tolist() == pytest.approx([1 / 8, 1 / 16])
+    assert [ends.tolist() for ends in layer.level_ends()] == [[-50, -25], [300, 150]]
+    assert torch.equal(layer.eval().level_values(), layer.unit.view(2, 1) * layer.levels)
 
 
 def test_a_state_from_before_levels_were_learned_is_read():
     layer, other = (layer_of(Macro(levels="free", adc_bits=2), GEOMETRIES["conv"]) for _ in range(2))
     layer.set_levels([-24, 5, 156], [-400, 0, 84, 2400])
-    state = layer.state_dict() | {"zero": torch.full((1, 1), 2), "real_zero": torch.full((1, 1), 2.0, dtype=torch.float64)}
-    other.load_state_dict({name: value for name, value in state.items() if name != "log_gaps"})
+    state = layer.state_dict() | {"zero": torch.full((1, 1), 2), "real_zero": torch.full((1, 1), 2.0, dtype=torch.float64), "thresholds": layer.thresholds[0]}
+    other.load_state_dict({name: value for name, value in state.items() if name not in ("log_gaps", "unit")})
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), layer.state_dict().values()))
+
+
+def test_a_state_from_before_columns_had_thresholds_is_read():
+    """What was learned of the gaps stays, rounded or not."""
+    layer, other = (layer_of(Macro(levels="free", adc_bits=2), GEOMETRIES["conv"]) for _ in range(2))
+    layer.set_levels([-24, 5, 156], [-400, 0, 84, 2400])
+    with torch.no_grad():
+        layer.log_gaps += 1e-4
+    state = layer.state_dict() | {"thresholds": layer.thresholds[0]}
+    other.load_state_dict({name: value for name, value in state.items() if name != "unit"})
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), layer.state_dict().values()))
 
 
@@ -386,6 +445,7 @@ def test_a_fixed_range_is_not_learned():
     assert not layer_of(Macro(range="full"), GEOMETRIES["conv"]).log_step.requires_grad
     assert not layer_of(Macro(range="fixed", step=4), GEOMETRIES["conv"]).log_step.requires_grad
     assert not layer_of(Macro(levels="free"), GEOMETRIES["conv"]).log_step.requires_grad
+    assert layer_of(Macro(levels="free", granularity="column"), GEOMETRIES["conv"]).log_step.requires_grad
     assert layer_of(Macro(), GEOMETRIES["conv"]).log_step.requires_grad
 
 

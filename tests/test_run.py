@@ -19,6 +19,7 @@ MACROS = {
     "default": Macro(),
     "ideal": Macro(adc_bits=None),
     "free": Macro(levels="free"),
+    "free columns": Macro(levels="free", granularity="column"),
     "tiles": Macro(granularity="tile", sign_scheme="split", wl=14),
     "columns": Macro(granularity="column", sign_scheme="offset", cell_bits=2),
     "serial": Macro(dac_bits=1, cell_bits=1),

@@ -144,7 +144,7 @@ def test_the_layers_are_the_trained_ones_and_no_operation_is_spent_between_them(
     assert seen == [served.graph.input, *names]
 
 
-@pytest.mark.parametrize(("style", "macro"), [("one layer", "ideal offset"), ("tokens", "offset columns"), ("branches", "default"), ("arithmetic", "offset columns"), ("norm after relu", "free")])
+@pytest.mark.parametrize(("style", "macro"), [("one layer", "ideal offset"), ("tokens", "offset columns"), ("branches", "default"), ("arithmetic", "offset columns"), ("norm after relu", "free"), ("branches", "free columns")])
 def test_the_exported_file_has_the_same_scores(style: str, macro: str) -> None:
     """Sums of tensors with one column and with all, of every rank."""
     served, program, pixels = lowered(captured(style)[1], MACROS[macro], STYLES[style].shape, True)

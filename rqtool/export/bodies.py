@@ -19,7 +19,7 @@ from rqtool.hardware import adc
 from rqtool.mapping.planes import Plane
 
 CONV_ATTRIBUTES = ("strides", "dilations", "group")
-GIVEN = ("x", "cells", "code_pads", "channels", "adc_mult", "adc_zero", "gain", "levels", "acc")
+GIVEN = ("x", "cells", "code_pads", "channels", "adc_mult", "adc_zero", "gain", "thresholds", "levels", "acc")
 NAMES = {"linear": "ReLinear"}
 DOC = {
     "qlinear": "Reads of one layer: a grouped QLinearConv whose requantisation is the ADC, then the sum of the codes over tiles and planes.",
@@ -133,9 +133,8 @@ class ReadsBody:
 
     def _free_values(self, p: Int) -> Int:
         """Codes by counting thresholds; a table look-up does what adc.level_value does, in one pass instead of one per level."""
-        program, op = self.layout.program, self.layout.op
-        code = adc.threshold_code(p, program.const(op, "thresholds").tolist())
-        levels = program.const(op, "levels").astype(np.int32)
+        code = adc.threshold_code(p, self._thresholds)
+        levels = self.layout.table("levels").astype(np.int32)
         value = self.body.node("Gather", self.input("levels", levels), code.name, out="level")
         return self._scaled(Int(self.body, value, int(levels.min()), int(levels.max())))
 
@@ -190,6 +189,14 @@ class ReadsBody:
     @cached_property
     def _zero(self) -> str:
         return self.input("adc_zero", self.layout.per_read(self.layout.table("zero")))
+
+    @cached_property
+    def _thresholds(self) -> list[Int]:
+        """Each threshold as a tensor [1, 1 or R, 1, 1] that broadcasts with the partial sums."""
+        b, table = self.body, self.layout.thresholds
+        shaped = b.node("Reshape", self.input("thresholds", table), b.const([0, -1, 1, 1], np.int64), out="thresholds_by_read")
+        rows = (b.node("Gather", shaped, b.const([n], np.int64), axis=0, out="threshold") for n in range(len(table)))
+        return [Int(b, row, int(table.min()), int(table.max())) for row in rows]
 
     @cached_property
     def _shift(self) -> Int:

@@ -131,8 +131,13 @@ class Layout:
         return by_read(table, self.geometry.groups, self.tiles, self.planes, self.geometry.columns)
 
     def table(self, role: str) -> np.ndarray:
-        """mult, zero or gain as the program holds it: int32 [tiles or 1, columns or 1]."""
+        """mult, zero or gain as the program holds it: int32 [tiles or 1, columns or 1]; thresholds [columns or 1, top], levels [top + 1]."""
         return self.program.const(self.op, role)
+
+    @cached_property
+    def thresholds(self) -> np.ndarray:
+        """int32 [top, 1 or R] of free levels, see `thresholds_by_read`."""
+        return thresholds_by_read(self.table("thresholds"), self.geometry.groups, self.tiles, self.planes, self.geometry.columns)
 
     @cached_property
     def gain(self) -> np.ndarray:
@@ -197,6 +202,15 @@ def by_read(table: np.ndarray, groups: int, tiles: int, planes: int, columns: in
         return table.reshape(-1)[:1].astype(np.int32)
     full = np.broadcast_to(table, (tiles, columns)).reshape(tiles, groups, 1, columns // groups).transpose(1, 0, 2, 3)
     return np.broadcast_to(full, (groups, tiles, planes, columns // groups)).reshape(-1).astype(np.int32)
+
+
+def thresholds_by_read(rows: np.ndarray, groups: int, tiles: int, planes: int, columns: int) -> np.ndarray:
+    """int32 [top, 1] where all reads share them, else [top, R] in the order of the reads, from thresholds [1 or columns, top].
+
+    >>> thresholds_by_read(np.array([[-3, 2], [-9, 5]]), groups=2, tiles=2, planes=1, columns=2).tolist()
+    [[-3, -3, -9, -9], [2, 2, 5, 5]]
+    """
+    return np.stack(np.broadcast_arrays(*(by_read(column[None], groups, tiles, planes, columns) for column in rows.T)))
 
 
 def requantised(p: np.ndarray, mult: np.ndarray, shift: int, zero: np.ndarray, top: int) -> np.ndarray:

@@ -104,8 +104,7 @@ def _adc(layout: Layout) -> dict[str, Any]:
     if spec["kind"] == "uniform":
         return common | _uniform(layout)
     if spec["kind"] == "free":
-        thresholds = layout.table("thresholds").tolist()
-        return common | {"top": len(thresholds), "thresholds": thresholds, "levels": layout.table("levels").tolist()}
+        return common | {"top": macro.top, "thresholds": layout.table("thresholds").tolist(), "levels": layout.table("levels").tolist()}
     return common
 
 

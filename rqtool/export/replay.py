@@ -75,15 +75,18 @@ def _converted(spec: dict[str, Any], tile: int, columns: slice, p: np.ndarray) -
     if spec["kind"] == "ideal":
         return p, p
     if spec["kind"] == "free":
-        code = adc.threshold_code(p, spec["thresholds"])
+        rows = spec["thresholds"]
+        code = _counted(p, rows[columns] if len(rows) > 1 else rows)
         return code, np.array(spec["levels"], np.int64)[code]
     step, gain = _of(spec["step_of"], tile, columns), _of(spec["gain"], tile, columns)
-    zero, thresholds = np.array(spec["steps"]["zero"], np.int64)[step], [spec["steps"]["thresholds"][n] for n in step]
-    if len(thresholds) == 1:
-        code = adc.threshold_code(p, thresholds[0])
-    else:
-        code = np.stack([adc.threshold_code(p[:, c], column) for c, column in enumerate(thresholds)], axis=1)
+    zero = np.array(spec["steps"]["zero"], np.int64)[step]
+    code = _counted(p, [spec["steps"]["thresholds"][n] for n in step])
     return code, adc.uniform_value(code, zero[:, None, None], gain[:, None, None])
+
+
+def _counted(p: np.ndarray, rows: list[list[int]]) -> np.ndarray:
+    """The codes of p [N, columns, H_out, W_out] by the thresholds of each column, or of all."""
+    return adc.threshold_code(p, np.array(rows).T[:, :, None, None])
 
 
 def _of(table: list[list[int]], tile: int, columns: slice) -> np.ndarray:

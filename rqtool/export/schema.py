@@ -60,7 +60,7 @@ STEPS = _record(
 )  # fmt: skip
 ADC = _record(
     kind={"type": "string", "enum": ["uniform", "free", "ideal"]}, bits=_maybe(POSITIVE), codebook=_maybe(TEXT), shift=_maybe(SHIFT), top=_maybe(CODE),
-    tie_free=TRUTH, steps=_maybe(STEPS), step_of=_maybe(TABLE), gain=_maybe(TABLE), thresholds=_maybe(_list(INTEGER)), levels=_maybe(_list(INTEGER)),
+    tie_free=TRUTH, steps=_maybe(STEPS), step_of=_maybe(TABLE), gain=_maybe(TABLE), thresholds=_maybe(_list(_list(INTEGER), minItems=1)), levels=_maybe(_list(INTEGER)),
 )  # fmt: skip
 READS = _record(
     tile=_list(NATURAL), serial=_list(NATURAL), plane=_list(NATURAL), group=_list(NATURAL),

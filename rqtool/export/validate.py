@@ -2,7 +2,8 @@
 
     graph        checker, strict shape inference, every ai.rqtool node has its function, inputs and attributes
     document     schema, sha256 of every initializer, one layer per reads node, the rows that its graph gathers
-    ADC          thresholds follow from mult, shift and zero; the tensors that the graph uses hold the same mult and zero;
+    ADC          thresholds follow from mult, shift and zero; the tensors that the graph uses hold the same mult and zero, or the same
+                 thresholds and levels;
                  the float32 form that QLinearConv computes gives every code of every partial sum
 """
 
@@ -20,7 +21,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 from rqtool.errors import CheckError, InputError, escaped
 from rqtool.export import metadata
 from rqtool.export.emit import DOMAIN
-from rqtool.export.layout import by_read, differing_codes, gathered
+from rqtool.export.layout import by_read, differing_codes, gathered, thresholds_by_read
 from rqtool.hardware import adc
 from rqtool.mapping.plan import Geometry
 from rqtool.storage import read_file
@@ -118,8 +119,8 @@ def _check_layer(doc: dict[str, Any], layer: dict[str, Any], node: NodeProto, co
     _check_geometry(layer, {a.name: list(a.ints) or a.i for a in node.attribute}, constants)
     if layer["adc"]["kind"] == "uniform":
         _check_uniform(layer, node, constants)
-    if layer["adc"]["kind"] == "free" and layer["adc"]["levels"] != constants[f"{layer['node']}/levels"].tolist():
-        differs(f"{name}: the tensor {layer['node']}/levels is not the levels of the metadata")
+    if layer["adc"]["kind"] == "free":
+        _check_free(layer, constants)
 
 
 def _check_geometry(layer: dict[str, Any], attributes: dict[str, Any], constants: dict[str, np.ndarray]) -> None:
@@ -170,6 +171,13 @@ def _check_uniform(layer: dict[str, Any], node: NodeProto, constants: dict[str, 
         _check_requantisation(layer, np.array(pairs, np.int64))
 
 
+def _check_free(layer: dict[str, Any], constants: dict[str, np.ndarray]) -> None:
+    thresholds = thresholds_by_read(np.array(layer["adc"]["thresholds"]), *_counts(layer))
+    for role, described in {"thresholds": thresholds, "levels": np.array(layer["adc"]["levels"])}.items():
+        if not np.array_equal(described, constants[f"{layer['node']}/{role}"]):
+            differs(f"{layer['layer']}: the tensor {layer['node']}/{role} is not the {role} of the metadata")
+
+
 def _check_requantisation(layer: dict[str, Any], pairs: np.ndarray) -> None:
     """Enumerate the float32 form, after the bounds within which it can be exact (they also keep the enumeration finite)."""
     name, spec, (lo, hi) = layer["layer"], layer["adc"], p_range(layer)
@@ -182,9 +190,13 @@ def _check_requantisation(layer: dict[str, Any], pairs: np.ndarray) -> None:
 
 def _expanded(layer: dict[str, Any], role: str) -> np.ndarray:
     """What the tensor of mult or zero must hold, from the document's tables."""
-    weight, groups = layer["weight"], layer["geometry"]["groups"]
-    table = np.array(layer["adc"]["steps"][role])[np.array(layer["adc"]["step_of"])]
-    return by_read(table, groups, len(weight["first_channel"]), len(weight["planes"]["factor"]), layer["columns"])
+    return by_read(np.array(layer["adc"]["steps"][role])[np.array(layer["adc"]["step_of"])], *_counts(layer))
+
+
+def _counts(layer: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Groups, tiles of one, weight planes, and columns: what the reads of a layer run over."""
+    weight = layer["weight"]
+    return layer["geometry"]["groups"], len(weight["first_channel"]), len(weight["planes"]["factor"]), layer["columns"]
 
 
 def p_range(layer: dict[str, Any]) -> tuple[int, int]:

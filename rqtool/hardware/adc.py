@@ -84,13 +84,14 @@ def float32_exact(p_bound: int, shift: int, bits: int) -> bool:
     return p_bound < 1 << (shift - 1) and shift <= FLOAT32_BITS - bits
 
 
-def threshold_code(p: Any, thresholds: Sequence[int]) -> Any:
-    """The code of each partial sum by counting: how many of the ascending integer `thresholds` are <= p.
+def threshold_code(p: Any, thresholds: Sequence[Any]) -> Any:
+    """The code of each partial sum by counting: how many of the ascending integer `thresholds` are <= p; each is a whole number, or
+    several that broadcast with `p` where columns have their own.
 
     >>> [threshold_code(p, (-6, -2, 3)) for p in (-7, -6, -3, -2, 2, 3)]
     [0, 1, 1, 2, 2, 3]
     """
-    return sum((p >= int(t)) * 1 for t in thresholds)
+    return sum((p >= t) * 1 for t in thresholds)
 
 
 def uniform_value(code: Any, zero: Any, gain: Any = 1) -> Any:

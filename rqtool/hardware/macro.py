@@ -188,8 +188,10 @@ def _check_together(m: Macro) -> None:
         raise ConfigError("--codebook unsigned has no code below zero, but --sign-scheme signed reads negative partial sums; use --codebook twos or --sign-scheme split")
     if m.codebook == "sign-magnitude" and m.adc_bits == 1:
         raise ConfigError("--codebook sign-magnitude with --adc-bits 1 has a single code; use --adc-bits 2 or --codebook twos")
-    if m.levels == "free" and (m.range != "calibrated" or m.granularity != "layer"):
-        raise ConfigError("--levels free are placed on a layer's own histogram; use them with --range calibrated and --granularity layer")
+    if m.levels == "free" and m.range != "calibrated":
+        raise ConfigError("--levels free are placed on a layer's own histogram; use them with --range calibrated")
+    if m.levels == "free" and m.granularity == "tile":
+        raise ConfigError("--levels free are whole numbers that add up over the tiles, which therefore share a step; use them with --granularity layer or column")
     if not adc.float32_exact(m.p_max, m.shift, m.adc_bits):
         raise ConfigError(
             f"{m.wl} wordlines x {m.dac_bits}-bit inputs x {m.cell_bits}-bit cells sum to {m.p_max}, beyond the {2 ** (adc.FLOAT32_BITS - m.adc_bits - 1) - 1} "

@@ -51,9 +51,14 @@ def every_code(p: np.ndarray, mult: int, shift: int, lo: int, hi: int) -> list[n
 
 
 def every_level(p: np.ndarray, tables: Tables) -> list[np.ndarray]:
-    """The table's value of whole-number partial sums p through the 16-bit forms that may be taken."""
+    """The tables' values [rows, P] of whole-number partial sums p [P] through the 16-bit forms that may be taken."""
     found = levels16(tables) if DOT8 and np.abs(p).max() < MOST15 else []
-    return [_through(lambda p, record, out, form=form: _convert_levels16(p, record, form, out), p, record, np.int32) for form, record in found]
+    return [np.stack([_levels(p, form, records[n : n + 1]) for n in range(len(records))]) for form, records in found]
+
+
+def _levels(p: np.ndarray, form: int, record: np.ndarray) -> np.ndarray:
+    """int32 levels of partial sums p by one record [1]."""
+    return _through(lambda p, record, out: _convert_levels16(p, record, form, out), p, record, np.int32)
 
 
 def _through(convert, p: np.ndarray, record: np.ndarray, dtype: type) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from rqtool.kernels import reference
-from rqtool.kernels.spec import ReadSpec
+from rqtool.kernels.spec import ReadSpec, Tables
 from rqtool.mapping.plan import Plan
 
 FLOAT32_WHOLE = 1 << 24  # float32 holds every whole number below
@@ -153,6 +153,17 @@ def codes_gradient(x: torch.Tensor, grad: torch.Tensor, scale: torch.Tensor, low
     u = x / scale
     dx = torch.where((u >= low) & (u <= high), grad, grad.new_zeros(()))
     return dx / scale, torch.dot(dx.flatten(), u.flatten())
+
+
+def table_gradient(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> torch.Tensor:
+    """`reference.table_gradient`, with the counting in one pass, as above."""
+    return reference.table_gradient(x, weight, spec, gy, _count if _one_pass(x, weight, gy) else reference.count)
+
+
+def _count(p: torch.Tensor, grad: torch.Tensor, tables: Tables, total: torch.Tensor) -> None:
+    from rqtool.kernels import gradients
+
+    gradients.count(_array(p), _array(grad), tables.row, tables.p_min, total.numpy())
 
 
 def outputs_gradient(gy: torch.Tensor, v: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

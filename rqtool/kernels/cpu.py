@@ -65,7 +65,7 @@ def _forward(x, offsets, group_size, tiles, w, adcs, draws, form, shape, images,
 
 @inlined
 def _forward16(x, offsets, group_size, tiles, w, adcs, form, period, shape, images, words, acc16, acc, out):
-    """The same in 16 bits: adcs: ADC16, BUCKETS16 or LEVELS16 records [groups, T, ..]; `period` tiles cannot overflow, then their sum is moved to acc int32."""
+    """The same in 16 bits: adcs: ADC16, BUCKETS16 or LEVELS16 records [groups, 1 or T, columns padded to 4]; `period` tiles cannot overflow, then their sum is moved to acc int32."""
     size, columns = shape[0] * shape[1], out.shape[1] // w.shape[0]
     found, whole = np.empty((POSITIONS, 3), np.int64), np.empty((POSITIONS, 4), np.int64)
     n_strips, word_bytes = acc.shape[0] // STRIP, words.shape[1] * 4
@@ -78,7 +78,7 @@ def _forward16(x, offsets, group_size, tiles, w, adcs, form, period, shape, imag
             at = w[g].ctypes.data
             for t in range(tiles.shape[0]):
                 word, n_words, _ = tiles[t]
-                x_at, adc = words.ctypes.data + word * word_bytes, adcs[g, t].ctypes.data
+                x_at, adc = words.ctypes.data + word * word_bytes, adcs[g, t % adcs.shape[1]].ctypes.data
                 strips.read16(form, x_at, word_bytes, at, n_words, adc, n_strips, acc16.ctypes.data)
                 at += n_strips * n_words * 4 * STRIP
                 if (t + 1) % period == 0 or t + 1 == tiles.shape[0]:

@@ -102,3 +102,19 @@ def outputs(gy: np.ndarray, v: np.ndarray, scale: np.ndarray, threads: int) -> t
     on_threads(_outputs_share, (np.zeros(1, np.int64), bounds, *rows, np.ascontiguousarray(scale), dy, totals), threads)
     plain, weighted = totals.sum(0)
     return dy.reshape(gy.shape), plain, weighted
+
+
+# -- tables of values ----------------------------------------------------------------------------------------------------
+@compiled
+def count(p, grad, row, p_min, total):
+    """total float64 [rows, P] gains, at the row int64 [T, O] and the partial sum of each read, its gradient: p float32
+    [n, groups, T, columns of a group, L] with grad float32 [n, O, L]. One after another, on one thread."""
+    images, groups, tiles, columns, positions = p.shape
+    for n in range(images):
+        for g in range(groups):
+            for t in range(tiles):
+                for c in range(columns):
+                    o = g * columns + c
+                    place = total[row[t, o]]
+                    for at in range(positions):
+                        place[int(p[n, g, t, c, at]) - p_min] += grad[n, o, at]

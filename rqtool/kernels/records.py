@@ -45,7 +45,7 @@ def _keys(spec: ReadSpec) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sixteen:
-    """A call in 16 bits. adcs: records [groups, T, ..]; form: of strips.read16; period: tiles whose values add up in 16 bits."""
+    """A call in 16 bits. adcs: records [groups, 1 or T, padded columns]; form: of strips.read16; period: tiles whose values add up in 16 bits."""
 
     adcs: np.ndarray
     form: int
@@ -56,7 +56,7 @@ def sixteen(spec: ReadSpec, padded: int) -> Sixteen | None:
     """None where 16 bits are too few for a multiplier, a partial sum or a value."""
     if spec.p_peak >= MOST15 or spec.noise is not None:
         return None
-    return _uniform16(spec, padded) if spec.tables is None else _free16(spec) if spec.tables.value is not None else None
+    return _uniform16(spec, padded) if spec.tables is None else _free16(spec, padded) if spec.tables.value is not None else None
 
 
 def _uniform16(spec: ReadSpec, padded: int) -> Sixteen | None:
@@ -70,54 +70,78 @@ def _uniform16(spec: ReadSpec, padded: int) -> Sixteen | None:
     return Sixteen(records, int(np.any(spec.gain != 1)), int(MOST15 // most))
 
 
-def _free16(spec: ReadSpec) -> Sixteen | None:
-    """For one table of whole numbers with few steps; found from the table itself."""
-    found = levels16(spec.tables)
+def _free16(spec: ReadSpec, padded: int) -> Sixteen | None:
+    """For tables of whole numbers with few steps; found from the tables themselves. Tiles that all use the same ones share their records."""
+    g, found, row = spec.geometry, levels16(spec.tables), spec.tables.row
     if not found or np.any(spec.gain != 1):
         return None
-    form, record = found[0]
-    most = max(1, int(np.abs(spec.tables.value).max()))
-    return Sixteen(np.broadcast_to(record, (spec.geometry.groups, len(spec.tiles), 1)).copy(), FREE_FORM + form, MOST15 // most)
+    form, rows = found[0]
+    row = row[:1] if np.all(row == row[:1]) else row
+    records = np.zeros((g.groups, len(row), padded), rows.dtype)
+    records[:, :, : g.group_columns] = rows[row.reshape(len(row), g.groups, -1).transpose(1, 0, 2)]
+    return Sixteen(records, FREE_FORM + form, MOST15 // max(1, int(np.abs(spec.tables.value).max())))
 
 
 def levels16(tables: Tables) -> list[tuple[int, np.ndarray]]:
-    """(number in strips.FREE16, its record [1]) for each form, the fastest first, that the one row of a value table may take; none where
-    it has too many steps or values beyond 16 bits."""
-    value = tables.value[0]
-    steps = np.flatnonzero(np.diff(value)) + 1
-    if len(tables.value) > 1 or len(steps) >= 1 << FREE_BITS[-1] or np.any(value != np.floor(value)) or np.abs(value).max() > MOST15:
+    """(number in strips.FREE16, its records [rows]) for each form, the fastest first, that all rows of a value table may take; none where
+    one has too many steps or values beyond 16 bits."""
+    if np.any(tables.value != np.floor(tables.value)) or np.abs(tables.value).max() > MOST15:
         return []
-    thresholds, levels = steps + tables.p_min, value[np.concatenate([[0], steps])]
-    bucketed = _buckets(thresholds, levels)
-    return [*([] if bucketed is None else [(0, bucketed)]), _halved(thresholds, levels)]
+    rows = [_steps(value, tables.p_min) for value in tables.value]
+    most = max(len(levels) for _, levels in rows)
+    if most > 1 << FREE_BITS[-1]:
+        return []
+    halvings = next(n for n, bits in enumerate(FREE_BITS, 1) if most <= 1 << bits)
+    bucketed = _bucketed(rows)
+    return [*([] if bucketed is None else [(0, bucketed)]), (halvings, np.concatenate([_halved(*row) for row in rows]))]
 
 
-def _halved(thresholds: np.ndarray, levels: np.ndarray) -> tuple[int, np.ndarray]:
-    """(form, LEVELS16 record [1]): thresholds [n] halved as often as levels [n + 1] ask for."""
+def _steps(value: np.ndarray, p_min: int) -> tuple[np.ndarray, np.ndarray]:
+    """(thresholds [n], levels [n + 1]) of one row of a value table."""
+    steps = np.flatnonzero(np.diff(value)) + 1
+    return steps + p_min, value[np.concatenate([[0], steps])]
+
+
+def _halved(thresholds: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """A LEVELS16 record [1] of thresholds [n] and levels [n + 1], for any number of halvings that is enough for them."""
     record = np.zeros(1, LEVELS16)
     record["thresholds"] = MOST15  # larger than any partial sum
     record["thresholds"][0, 1 : len(levels)] = thresholds
     record["levels"][0, : len(levels)] = levels
-    return next(n for n, bits in enumerate(FREE_BITS, 1) if len(levels) <= 1 << bits), record
+    return record
+
+
+def _bucketed(rows: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray | None:
+    """BUCKETS16 records [rows] of (thresholds, levels), those of equally many thresholds at once; None where a row has none."""
+    counts, records = np.array([len(thresholds) for thresholds, _ in rows]), np.zeros(len(rows), BUCKETS16)
+    for count in np.unique(counts):
+        which = np.flatnonzero(counts == count)
+        found = _buckets(*(np.stack(part) for part in zip(*(rows[n] for n in which))))
+        if found is None:
+            return None
+        records[which] = found
+    return records
 
 
 def _buckets(thresholds: np.ndarray, levels: np.ndarray) -> np.ndarray | None:
-    """A BUCKETS16 record [1]: a uniform ADC of 32 codes, none of which has two of the thresholds [n] within; None where there is none.
-    Its lowest code holds the first threshold and all below, so that the others reach as far up as they can."""
-    mult = BUCKET_MULTS[:, None]
+    """BUCKETS16 records [R]: for each row a uniform ADC of 32 codes, none of which has two of the thresholds [R, n] within; None where a row
+    has none. Its lowest code holds the first threshold and all below, so that the others reach as far up as they can."""
+    mult, rows, count = BUCKET_MULTS[:, None, None], np.arange(len(thresholds)), thresholds.shape[1]
     code = lambda p: (p * mult + (1 << SHIFT16 - 1)) >> SHIFT16  # noqa: E731
-    below, at = code(thresholds - 1), code(thresholds)
-    lo = at[:, min(1, len(thresholds) - 1), None] - 1 if len(thresholds) else np.zeros_like(mult)
+    below, at = code(thresholds - 1), code(thresholds)  # [mults, R, n]
+    lo = at[:, :, min(1, count - 1), None] - 1 if count else np.zeros((len(mult), len(rows), 1), np.int64)
     below, at = (np.clip(bucket, lo, lo + BUCKETS - 1) for bucket in (below, at))
     inside = below == at  # not at the beginning of a bucket
-    crowded = (inside[:, :-1] & (at[:, :-1] == at[:, 1:])).any(1)
-    if crowded.all():
+    crowded = (inside[:, :, :-1] & (at[:, :, :-1] == at[:, :, 1:])).any(2)
+    if crowded.all(0).any():
         return None
-    n = int(crowded.argmin())
-    record, at, inside, buckets = np.zeros(1, BUCKETS16), at[n], inside[n], lo[n] + np.arange(BUCKETS)
-    record["mult"], record["lo"], record["hi"] = mult[n], buckets[0], buckets[-1]
-    held = np.array([((at == bucket) & inside).any() for bucket in buckets])
-    first = np.searchsorted(at, buckets, "right") - held  # the code of a bucket's first partial sum
-    record["threshold"][0, buckets % BUCKETS] = np.append(thresholds, MOST15)[np.where(held, first, len(thresholds))]
-    record["below"][0, buckets % BUCKETS], record["above"][0, buckets % BUCKETS] = levels[first], levels[first + held]
-    return record
+    n = crowded.argmin(0)
+    at, inside, buckets = at[n, rows, None], inside[n, rows, None], lo[n, rows] + np.arange(BUCKETS)
+    held = ((at == buckets[:, :, None]) & inside).any(2)
+    first = (at <= buckets[:, :, None]).sum(2) - held  # the code of a bucket's first partial sum
+    records = np.zeros(len(rows), BUCKETS16)
+    records["mult"], records["lo"], records["hi"] = BUCKET_MULTS[n], buckets[:, 0], buckets[:, -1]
+    entries = {"threshold": (np.pad(thresholds, ((0, 0), (0, 1)), constant_values=MOST15), np.where(held, first, count)), "below": (levels, first), "above": (levels, first + held)}
+    for name, (table, index) in entries.items():
+        np.put_along_axis(records[name], buckets % BUCKETS, np.take_along_axis(table, index, 1), 1)
+    return records

@@ -6,12 +6,13 @@ It is also the readable form of the gradients: `forward` and `backward` stand si
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from rqtool.kernels.spec import ReadSpec
+from rqtool.kernels.spec import ReadSpec, Tables
 from rqtool.mapping.plan import Geometry
 
 CHUNK_VALUES = 1 << 22  # partial sums held at once, where all tiles are
@@ -50,11 +51,6 @@ class _Reads:
         g = spec.geometry
         self.spec, self.geometry = spec, g
         self.weight = _tiled(_placed(weight.to(dtype).view(g.groups, g.group_columns, g.rows), spec, dim=2), spec, dim=2).transpose(1, 2)  # [G, T, Og, wl]
-
-    def per_read(self, table, device, dtype) -> torch.Tensor:
-        """[T, O] as [groups, T, columns of a group, 1], beside partial sums [n, groups, T, columns of a group, L]."""
-        t = torch.as_tensor(table, device=device).to(dtype)
-        return t.view(t.shape[0], self.geometry.groups, -1).transpose(0, 1).unsqueeze(-1)
 
     def partial_sums(self, columns: torch.Tensor) -> torch.Tensor:
         """[n, groups, T, columns of a group, L]."""
@@ -189,15 +185,20 @@ def backward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Te
     return torch.cat(dx), _unplaced(dw, spec, dim=2).reshape(g.columns, g.rows), dstep, dzero
 
 
-def table_gradient(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> torch.Tensor:
+def count(p: torch.Tensor, grad: torch.Tensor, tables: Tables, total: torch.Tensor) -> None:
+    """total float64 [rows, P] gains, at the row and the partial sum of each read, its gradient: p [n, groups, T, columns of a group, L] with
+    grad [n, O, L], the same for all tiles."""
+    _, groups, tiles, columns, _ = p.shape
+    row = torch.as_tensor(tables.row, device=p.device).view(tiles, groups, columns, 1).transpose(0, 1)
+    index = row * total.shape[1] + (p.long() - tables.p_min)
+    weights = grad.unflatten(1, (groups, 1, columns)).expand(p.shape)
+    total += torch.bincount(index.flatten(), weights.flatten().double(), minlength=total.numel()).view_as(total)
+
+
+def table_gradient(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor, counted: Callable = count) -> torch.Tensor:
     """The gradient float64 [rows, P] of every entry of `spec.tables.value`: the sum of gy over the reads that looked it up."""
-    reads, g = _Reads(weight, spec, x.dtype), spec.geometry
-    rows, span = spec.tables.value.shape
-    row = reads.per_read(spec.tables.row, x.device, torch.long)
-    positions, total = math.prod(_positions(x, spec)), torch.zeros(rows * span, dtype=torch.float64, device=x.device)
+    reads, total = _Reads(weight, spec, x.dtype), torch.zeros(spec.tables.value.shape, dtype=torch.float64, device=x.device)
+    positions = math.prod(_positions(x, spec))
     for part, gpart in zip(_chunks(x, spec, positions), _chunks(gy, spec, positions)):
-        p = reads.partial_sums(_columns(part, spec))
-        index = row * span + (p.long() - spec.tables.p_min)
-        grad = gpart.flatten(2).unflatten(1, (g.groups, 1, -1)).expand(p.shape)
-        total += torch.bincount(index.flatten(), grad.flatten().double(), minlength=rows * span)
-    return total.view(rows, span)
+        counted(reads.partial_sums(_columns(part, spec)), gpart.flatten(2), spec.tables, total)
+    return total

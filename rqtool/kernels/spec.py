@@ -19,12 +19,12 @@ from rqtool.mapping.plan import Geometry, Plan
 class Tables:
     """Per-p tables for what arithmetic cannot say: float32 [rows, P]; `row` int64 [T, O] picks one; index is p - p_min.
 
-    value: what a read adds, or None to compute it. slope: d value / d p of the backward pass.
+    value: what a read adds, or None to compute it. slope: d value / d p of the backward pass, None where no such pass looks it up.
     """
 
     p_min: int
     row: np.ndarray
-    slope: np.ndarray
+    slope: np.ndarray | None
     value: np.ndarray | None = None
 
 
@@ -68,10 +68,29 @@ def make_spec(plan: Plan, mult: np.ndarray, zero: np.ndarray, gain: np.ndarray, 
     return ReadSpec(plan.geometry, plan.tiles, *arrays, p_peak, tables=tables, noise=noise, order=plan.order)
 
 
+def inside_spec(plan: Plan, lo: np.ndarray, hi: np.ndarray) -> ReadSpec:
+    """The spec of q = clamp(p, lo, hi), whole numbers [1 or O]: its slope is 1 from lo to hi and 0 beyond. For the backward pass of ADCs
+    whose values are looked up: hard codes need no table there."""
+    rate, lo, hi, gain = (over_reads(a, plan) for a in (1, lo, hi, 1))
+    return ReadSpec(plan.geometry, plan.tiles, rate, lo, hi, gain, max(-plan.macro.p_min, plan.macro.p_max), order=plan.order)
+
+
+def level_codes(plan: Plan, thresholds: np.ndarray) -> np.ndarray:
+    """int64 [1 or O, P]: the code of every partial sum by thresholds [1 or O, top], one ADC for the layer or one for each column."""
+    p_min, p_max = plan.macro.p_min, plan.macro.p_max
+    lo = int(np.clip(thresholds.min(), p_min + 1, p_max + 1)) - 1
+    hi = int(np.clip(thresholds.max(), lo, p_max))  # beyond both codes stay as they are, and most sums of a large array lie there
+    code = adc.threshold_code(np.arange(lo, hi + 1), thresholds.T[:, :, None])
+    return np.pad(code, ((0, 0), (lo - p_min, p_max - hi)), mode="edge")
+
+
 def free_level_spec(plan: Plan, thresholds: np.ndarray, levels: np.ndarray) -> ReadSpec:
-    """The spec of an ADC with free levels: thresholds [top] and levels [top + 1], integers; one ADC for the layer."""
-    p = np.arange(plan.macro.p_min, plan.macro.p_max + 1)
-    value = adc.level_value(adc.threshold_code(p, thresholds), levels).astype(np.float32)[None]
-    row = np.zeros((len(plan.tiles), plan.geometry.columns), np.int64)
+    """The spec of ADCs with free levels: thresholds [1 or O, top] and levels [top + 1], integers."""
+    return level_spec(plan, level_codes(plan, thresholds), levels)
+
+
+def level_spec(plan: Plan, code: np.ndarray, levels: np.ndarray) -> ReadSpec:
+    """The same from the codes, as `level_codes` gives them."""
+    row = np.broadcast_to(np.arange(len(code)), (len(plan.tiles), plan.geometry.columns)).copy()
     one = np.ones((1, 1))
-    return make_spec(plan, one, one, one, tables=Tables(plan.macro.p_min, row, np.zeros_like(value), value))
+    return make_spec(plan, one, one, one, tables=Tables(plan.macro.p_min, row, None, levels.astype(np.float32)[code]))

@@ -167,39 +167,25 @@ def _bucket16(e: Emitter, a, b, tables: tuple):
     return e.b.select(e.b.icmp_signed(">=", p, e.pick16(threshold, bucket)), e.pick16(above, bucket), e.pick16(below, bucket))
 
 
-def _reader16(load: Callable, convert: Callable):
-    """The same in whole numbers of 16 bits: acc int16 [columns][POSITIONS], in the order of `pack16`.
-
-    load(e, adcs) once a tile; convert(e, a, b, what it gave, adcs, column)."""
-
-    def read_tile(e, x, stride, w, count, adcs, strips, acc):
-        loaded = load(e, adcs)
-        with e.times(strips) as s:
-            sums = _strip_sums(e, x, stride, e.at(w, (e.b.mul(s, count), 4 * STRIP)), count, True)
-            for c in range(STRIP):
-                column = e.b.add(e.b.mul(s, I64(STRIP)), I64(c))
-                for h in range(VECTORS // 2):
-                    q = convert(e, sums[c][2 * h], sums[c][2 * h + 1], loaded, adcs, column)
-                    e.add_to(e.at(acc, (s, STRIP * 2 * POSITIONS), c * 2 * POSITIONS + BYTES * h), q)
-
-    return read_tile
-
-
-def _uniform16(e: Emitter, a, b, loaded, adcs, column):
-    return _code16(e, a, b, _load16(e, e.at(adcs, (column, ADC16.itemsize))))
-
-
-def _gained16(e: Emitter, a, b, loaded, adcs, column):
-    adc = _load16(e, e.at(adcs, (column, ADC16.itemsize)))
+def _gained16(e: Emitter, a, b, adc: list):
     return e.b.mul(_code16(e, a, b, adc), adc[3])
 
 
-def _free16(load: Callable, convert: Callable) -> Callable:
-    return _reader16(load, lambda e, a, b, loaded, adcs, column: convert(e, a, b, loaded))
+def _reader16(record: np.dtype, load: Callable, convert: Callable):
+    """The same in whole numbers of 16 bits: acc int16 [columns][POSITIONS], in the order of `pack16`.
 
+    load(e, address of a column's record); convert(e, a, b, what it gave)."""
 
-def _nothing(e: Emitter, adcs) -> None:
-    """Columns have an ADC each, so there is nothing to load for a tile."""
+    def read_tile(e, x, stride, w, count, adcs, strips, acc):
+        with e.times(strips) as s:
+            sums = _strip_sums(e, x, stride, e.at(w, (e.b.mul(s, count), 4 * STRIP)), count, True)
+            for c in range(STRIP):
+                adc = load(e, e.at(adcs, (s, STRIP * record.itemsize), c * record.itemsize))
+                for h in range(VECTORS // 2):
+                    q = convert(e, sums[c][2 * h], sums[c][2 * h + 1], adc)
+                    e.add_to(e.at(acc, (s, STRIP * 2 * POSITIONS), c * 2 * POSITIONS + BYTES * h), q)
+
+    return read_tile
 
 
 @emitted
@@ -360,8 +346,8 @@ KINDS = ("hard", "noisy", "table")
 FORMS = [(dot8, kind) for dot8 in (False, True) for kind in KINDS]  # form = KIND, or KIND + 3 for 8-bit dot products
 read = emitted(one_of([_reader(*form) for form in FORMS]))
 slope = emitted(one_of([_sloper(*form) for form in FORMS]))
-FREE16 = [(_load_buckets, _bucket16), *((partial(_load_levels, bits=bits), _level16) for bits in FREE_BITS)]
-read16 = emitted(one_of([_reader16(_nothing, _uniform16), _reader16(_nothing, _gained16), *(_free16(*form) for form in FREE16)]))
+FREE16 = [(BUCKETS16, _load_buckets, _bucket16), *((LEVELS16, partial(_load_levels, bits=bits), _level16) for bits in FREE_BITS)]
+read16 = emitted(one_of([_reader16(*form) for form in ((ADC16, _load16, _code16), (ADC16, _load16, _gained16), *FREE16)]))
 grad_rows = emitted(one_of([_grad_rows(rows) for rows, _ in GROUPS]))
 grad_weights = emitted(one_of([_grad_weights(*group) for group in GROUPS]))
 weave = emitted(one_of([_weaver(1), _weaver(2)]))
@@ -397,4 +383,4 @@ def _converter16(load: Callable, convert: Callable) -> Callable:
     return convert_tile
 
 
-convert_levels16 = emitted(one_of([_converter16(*form) for form in FREE16]))  # the levels of int32 partial sums, int32
+convert_levels16 = emitted(one_of([_converter16(*form) for _, *form in FREE16]))  # the levels of int32 partial sums, int32

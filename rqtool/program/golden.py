@@ -63,7 +63,8 @@ def convert(program: Program, op: Op, tile: int, p: np.ndarray) -> tuple[np.ndar
     if spec["kind"] == "ideal":
         return p, p
     if spec["kind"] == "free":
-        code = adc.threshold_code(p, program.const(op, "thresholds"))
+        thresholds = [_of_tile(column[None], tile, p.shape[1]) for column in program.const(op, "thresholds").T]
+        code = adc.threshold_code(p, thresholds)
         return code, adc.level_value(code, program.const(op, "levels"))
     mult, zero, gain = (_of_tile(program.const(op, role), tile, p.shape[1]) for role in ("mult", "zero", "gain"))
     code = adc.uniform_code(p, mult, spec["shift"], zero, spec["top"])

@@ -121,8 +121,9 @@ def _uniform(p: Program, op: Op, plan: Plan) -> None:
 def _free(p: Program, op: Op, plan: Plan) -> None:
     need(op.attrs["adc"]["kind"] == "free", "its ADC is not the macro's")
     thresholds, levels = p.const(op, "thresholds"), p.const(op, "levels")
-    need(thresholds.shape == (p.macro.top,) and levels.shape == (p.macro.top + 1,), "its thresholds and levels are not one code book")
-    need(np.all(np.diff(thresholds.astype(np.int64)) >= 0), "its thresholds do not ascend")
+    need(thresholds.ndim == 2 and thresholds.shape[0] in (1, plan.geometry.columns), f"its thresholds have shape {list(thresholds.shape)}")
+    need(thresholds.shape[1] == p.macro.top and levels.shape == (p.macro.top + 1,), "its thresholds and levels are not one code book")
+    need(np.all(np.diff(thresholds.astype(np.int64), axis=1) >= 0), "its thresholds do not ascend")
     need(int(np.abs(levels.astype(np.int64)).max()) <= FREE_LEVEL_PEAK, f"its levels pass {FREE_LEVEL_PEAK}")
 
 

@@ -40,9 +40,9 @@ def certified(plan: Plan, mult: np.ndarray, zero: np.ndarray) -> bool:
 
 def certified_levels(spec: ReadSpec) -> bool:
     """The same for free levels."""
-    value = spec.tables.value[0]
-    p = np.arange(spec.tables.p_min, spec.tables.p_min + value.size, dtype=np.int64)
-    return all(np.array_equal(levels, value) for levels in choose.every_level(p, spec))
+    tables = spec.tables
+    p = np.arange(tables.p_min, tables.p_min + tables.value.shape[1], dtype=np.int64)
+    return all(np.array_equal(levels, tables.value) for levels in choose.every_level(p, spec))
 
 
 class Reads:

@@ -7,6 +7,7 @@ batch norm on the statistics of that batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from torch import nn
 
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
+from rqtool.mapping.plan import FREE_LEVEL_PEAK
 from rqtool.model.network import Network
 from rqtool.train.histogram import partial_sum_histogram
-from rqtool.train.layers import ReadLayer, level_units
+from rqtool.train.layers import ReadLayer, level_units, nearest_thresholds
 from rqtool.train.reads import pad_codes
 from rqtool.train.rewrite import read_layers
 from rqtool.train.spread import spread_order
@@ -25,6 +27,9 @@ STEPS = 120  # candidate steps, geometric
 CALIBRATIONS = ("error", "peak", "percentile")
 PERCENTILE = 0.999  # share of the reads, by the magnitude of their partial sums
 LEVEL_BINS = 1024  # a free-level search merges partial sums beyond this many
+ROUNDS = 3  # of finding levels for the units of columns, and units for the levels
+REACHES = (2.0, 1.1)  # a unit is looked for up to so many times as large or small, first coarsely, then finely
+UNITS = 41  # candidates each time, geometric
 
 
 # -- the ADC of a histogram ------------------------------------------------------------------------------------------
@@ -69,10 +74,16 @@ def optimal_levels(histogram: np.ndarray, macro: Macro) -> tuple[np.ndarray, np.
     p, h = _bins(histogram, macro)
     cost = _cell_costs(p, h)
     cuts = _best_cuts(cost, min(macro.top + 1, len(p)))
-    levels = [0 if (p[a] <= 0 <= p[b - 1]) else round(level_units(macro) * float(h[a:b] @ p[a:b]) / max(1e-9, h[a:b].sum())) for a, b in zip(cuts, cuts[1:])]
+    levels = _cell_levels(p, h, cuts, macro)
     thresholds = [int(np.ceil((p[a - 1] + p[a]) / 2)) if p[a] > 0 else int(np.floor((p[a - 1] + p[a]) / 2)) + 1 for a in cuts[1:-1]]
     missing = macro.top + 1 - len(levels)  # fewer different sums than codes: the upper codes never occur
     return np.array(thresholds + [macro.p_max + 1 + i for i in range(missing)]), np.array(levels + [levels[-1]] * missing)
+
+
+def _cell_levels(p: np.ndarray, h: np.ndarray, cuts: list[int], macro: Macro) -> list[int]:
+    """The integer next to the mean of each cell; 0 for the one that holds p = 0."""
+    means = (0.0 if p[a] <= 0 <= p[b - 1] else float(h[a:b] @ p[a:b]) / max(1e-9, h[a:b].sum()) for a, b in zip(cuts, cuts[1:]))
+    return [max(-FREE_LEVEL_PEAK, min(round(level_units(macro) * mean), FREE_LEVEL_PEAK)) for mean in means]
 
 
 def _bins(histogram: np.ndarray, macro: Macro) -> tuple[np.ndarray, np.ndarray]:
@@ -114,6 +125,94 @@ def _best_cuts(cost: np.ndarray, cells: int) -> list[int]:
     return [0] + cuts[::-1] if cuts[-1] else cuts[::-1]
 
 
+# -- free levels with a step for each column ---------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ColumnLevels:
+    """One shape and a step for each column. levels: int64 [top + 1], zero: the code of p = 0, ratio: float64 [O], of a column's unit to
+    1 / level_units; error: float64 [O], the squared error of each column."""
+
+    levels: np.ndarray
+    zero: int
+    ratio: np.ndarray
+    error: np.ndarray
+
+    def thresholds(self, macro: Macro) -> np.ndarray:
+        """int64 [O, top]."""
+        return nearest_thresholds(torch.from_numpy(self.levels), self.zero, torch.from_numpy(self.ratio / level_units(macro))).numpy()
+
+
+def optimal_column_levels(histograms: np.ndarray, macro: Macro) -> ColumnLevels:
+    """Levels that all columns share and a step for each of them, of little squared error over histograms [O, P].
+
+    It begins with steps in proportion to the root mean square of each column's partial sums. The best levels for given steps come from the
+    dynamic program, on the histograms of all columns in units of their steps; the best step of a column for given levels from a search on its
+    own histogram; each is found a few times in turn. Columns are no worse together than with the levels of `optimal_levels` for all of
+    them: those are tried, too.
+    """
+    columns = _Columns(histograms, macro)
+    thresholds, levels = optimal_levels(histograms.sum(0), macro)
+    best = columns.fitted(levels, int(adc.threshold_code(0, thresholds)), np.ones(len(histograms)))
+    ratio = columns.spread()
+    for _ in range(ROUNDS):
+        found = columns.fitted(*columns.shape(ratio), ratio)
+        best, ratio = min(best, found, key=lambda one: one.error.sum()), found.ratio
+    return best
+
+
+class _Columns:
+    """Histograms [O, P] made ready for many tries: the partial sums p that occur, how often (h [O, n]), and running sums of h * p**k."""
+
+    def __init__(self, histograms: np.ndarray, macro: Macro) -> None:
+        used = np.flatnonzero(histograms.any(0) | (np.arange(histograms.shape[1]) == -macro.p_min))  # 0 always
+        self.macro, self.p, self.h = macro, (used + macro.p_min).astype(np.float64), histograms[:, used].astype(np.float64)
+        self.sums = [np.pad(np.cumsum(self.h * self.p**k, 1), ((0, 0), (1, 0))) for k in range(3)]
+
+    def spread(self) -> np.ndarray:
+        """float64 [O]: the root mean square of each column over that of all; 1 for a column whose sums are all 0."""
+        counts, _, squares = (s[:, -1] for s in self.sums)
+        ratio = np.sqrt(squares / np.maximum(counts, 1) * counts.sum() / max(squares.sum(), 1))
+        return np.where(ratio > 0, ratio, 1.0)
+
+    def shape(self, ratio: np.ndarray) -> tuple[np.ndarray, int]:
+        """(levels int64 [top + 1], zero): the best ones for the units of columns."""
+        p, h = self._pooled(ratio)
+        cells = self.macro.top + 1
+        cuts = _best_cuts(_cell_costs(p, h), min(cells, len(p)))
+        levels = _cell_levels(p, h, cuts, self.macro)
+        zero = int(adc.threshold_code(int(np.flatnonzero(p == 0)[0]), cuts[1:-1]))
+        return np.array(levels + [levels[-1]] * (cells - len(levels))), zero
+
+    def _pooled(self, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Partial sums of all columns in units of their steps, and how much the square of each counts; merged to at most LEVEL_BINS, whose
+        width grows with the root of the sum: levels are close near 0."""
+        p, h = (self.p / ratio[:, None]).ravel(), (self.h * ratio[:, None] ** 2).ravel()
+        half = LEVEL_BINS // 2 - 1
+        key = half + (np.sign(p) * np.ceil(half * np.sqrt(np.abs(p) / max(1.0, np.abs(p).max(initial=0))))).astype(np.int64)
+        total, first = (np.bincount(key, weights, 2 * half + 1) for weights in (h, h * p))
+        total[half] += 1e-6  # a cell for 0, though nothing may have been read
+        kept = total > 0
+        return first[kept] / total[kept], total[kept]
+
+    def fitted(self, levels: np.ndarray, zero: int, ratio: np.ndarray) -> ColumnLevels:
+        """The best step of each column for given levels, from `ratio` on; of equal ones, the one nearest to it."""
+        for reach in REACHES:
+            tried = ratio[:, None] * reach ** np.array(sorted(np.linspace(-1, 1, UNITS), key=abs))
+            errors = self._errors(levels, zero, tried)
+            each = np.arange(len(ratio)), errors.argmin(1)
+            ratio = tried[each]
+        return ColumnLevels(levels, zero, ratio, errors[each])
+
+    def _errors(self, levels: np.ndarray, zero: int, ratio: np.ndarray) -> np.ndarray:
+        """The squared error, float64 [O, n], of each column at n ratios [O, n]."""
+        unit, columns = ratio / level_units(self.macro), np.arange(len(ratio))[:, None, None]
+        thresholds = nearest_thresholds(torch.from_numpy(levels), zero, torch.from_numpy(unit.ravel())).numpy()
+        ends = np.searchsorted(self.p, thresholds).reshape(*ratio.shape, -1)
+        ends = np.pad(ends, ((0, 0), (0, 0), (1, 1)), constant_values=((0, 0), (0, 0), (0, len(self.p))))
+        count, first, square = (np.diff(s[columns, ends]) for s in self.sums)
+        value = unit[:, :, None] * levels
+        return (square - 2 * value * first + value**2 * count).sum(-1)
+
+
 # -- a layer, a network ----------------------------------------------------------------------------------------------
 @torch.no_grad()
 def set_adc(layer: ReadLayer, histogram: np.ndarray, policy: str = "error") -> None:
@@ -122,8 +221,7 @@ def set_adc(layer: ReadLayer, histogram: np.ndarray, policy: str = "error") -> N
     """
     macro = layer.plan.macro
     if macro.levels == "free":
-        thresholds, levels = optimal_levels(histogram.sum(0), macro)
-        layer.set_levels(thresholds, levels)
+        _set_levels(layer, histogram)
         return
     if macro.range == "calibrated" and policy == "error":
         step, zero = optimal_uniform(histogram, macro)
@@ -133,6 +231,15 @@ def set_adc(layer: ReadLayer, histogram: np.ndarray, policy: str = "error") -> N
     else:
         step = adc.full_scale_step(macro.p_min, macro.p_max, macro.zero, macro.top) if macro.range == "full" else macro.step
     layer.log_step.copy_(torch.as_tensor(np.array(np.broadcast_to(step, layer.log_step.numel()))).view_as(layer.log_step).log())
+
+
+def _set_levels(layer: ReadLayer, histogram: np.ndarray) -> None:
+    macro = layer.plan.macro
+    if macro.granularity == "layer":
+        layer.set_levels(*optimal_levels(histogram.sum(0), macro))
+    else:
+        found = optimal_column_levels(histogram, macro)
+        layer.set_levels(found.thresholds(macro), found.levels, found.ratio)
 
 
 @torch.no_grad()

@@ -21,11 +21,12 @@ import torch
 
 from rqtool.errors import escaped
 from rqtool.hardware import adc
+from rqtool.kernels.spec import level_codes
 from rqtool.mapping.plan import Plan
 from rqtool.model.network import Network
 from rqtool.train.finetune import EVAL_BATCH, Feed, fitting_network
 from rqtool.train.histogram import tile_histograms
-from rqtool.train.layers import ReadLayer, group_shape, level_units
+from rqtool.train.layers import ReadLayer, group_shape
 from rqtool.train.measure import clip_bounds, watched
 from rqtool.train.rewrite import read_layers
 
@@ -70,8 +71,8 @@ def _uniform(layer: ReadLayer, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _free(layer: ReadLayer, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    code = adc.threshold_code(p, layer.thresholds.tolist())[None]
-    return code, adc.level_value(code, layer.levels.tolist()) / level_units(layer.plan.macro)
+    code = level_codes(layer.plan, layer.thresholds.numpy())
+    return code, layer.unit.unsqueeze(1).numpy() * layer.levels.numpy()[code]
 
 
 # -- what it does to its reads ------------------------------------------------------------------------------------------
@@ -141,11 +142,17 @@ def _typical(layer: ReadLayer) -> tuple[tuple[int, ...], tuple[int, int]]:
     """(thresholds, full scale) of the ADC with the median step."""
     macro, bounds = layer.plan.macro, clip_bounds(layer)
     if macro.levels == "free":
-        return tuple(layer.thresholds.tolist()), bounds[0]
+        g = _median(layer.unit.tolist())
+        return tuple(layer.thresholds[g].tolist()), bounds[g]
     numbers = layer.adc()
     mults, zeros = (a.expand(group_shape(layer.plan)).flatten().tolist() for a in (numbers.mult, numbers.zero))
-    g = sorted(range(len(mults)), key=mults.__getitem__)[len(mults) // 2]
+    g = _median(mults)
     return adc.uniform_thresholds(mults[g], macro.shift, zeros[g], macro.top), bounds[g]
+
+
+def _median(values: list[float]) -> int:
+    """The place of the median, of two the upper one."""
+    return sorted(range(len(values)), key=values.__getitem__)[len(values) // 2]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from rqtool.model.network import Network
 from rqtool.program.freeze import Freezer, Frozen, Norm
 from rqtool.program.ir import Program
 from rqtool.program.numbers import Numbers
-from rqtool.train.layers import ReadLayer, level_units
+from rqtool.train.layers import ReadLayer
 from rqtool.train.rewrite import read_layers
 
 
@@ -34,7 +34,7 @@ def _adc(layer: ReadLayer, macro: Macro) -> tuple[dict, dict[str, np.ndarray], n
         return {"kind": "ideal"}, {}, np.ones(1)
     if macro.levels == "free":
         consts = {"thresholds": layer.thresholds.numpy().astype(np.int32), "levels": layer.levels.numpy().astype(np.int32)}
-        return {"kind": "free"}, consts, np.full(1, 1 / level_units(macro))
+        return {"kind": "free"}, consts, layer.unit.numpy()
     numbers = layer.adc()
     consts = {role: getattr(numbers, role).numpy().astype(np.int32) for role in ("mult", "zero", "gain")}
     return {"kind": "uniform", "shift": macro.shift, "top": macro.top}, consts, numbers.unit.numpy()

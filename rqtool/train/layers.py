@@ -22,7 +22,7 @@ from rqtool.errors import CheckError, escaped
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
 from rqtool.kernels.choose import FLOAT32_WHOLE
-from rqtool.kernels.spec import ReadSpec, Tables, free_level_spec, make_spec, over_reads
+from rqtool.kernels.spec import ReadSpec, Tables, free_level_spec, inside_spec, level_codes, level_spec, make_spec, over_reads
 from rqtool.mapping.plan import FREE_LEVEL_PEAK, Plan
 from rqtool.train.quantizers import InputQuantizer, WeightQuantizer
 from rqtool.train.reads import learned_table_reads, pad_codes, reads, scaled, split_planes, table_reads, unpadded
@@ -82,6 +82,8 @@ def adc_numbers(step: torch.Tensor, zero: torch.Tensor, macro: Macro) -> AdcNumb
 class ReadLayer(nn.Module):
     """A layer on the macro; takes the place of model.network.Conv and has its signature.
 
+    log_step: of a uniform ADC, the step; of free levels, the ratio of a column's unit to 1 / level_units. thresholds, levels, unit: the
+    free levels that are served, unit float64 [1 or O] partial-sum units per unit of a level; they follow what is learned.
     relaxation: noise and slope of the current training step, None for hard codes (`ste`). real_zero: what a learned zero is before it
     is rounded to the code `zero`, which is what is served; it learns where its requires_grad is set. watch(layer, codes, weights) sees the
     padded input codes and the weights of each call. calibrating: a function that sets quantisers from the input before use. ideal_adc:
@@ -97,12 +99,15 @@ class ReadLayer(nn.Module):
         if macro.pack == "spread":
             self.register_buffer("order", torch.arange(g.rows))
         if not macro.ideal:
-            self.log_step = nn.Parameter(torch.zeros(group_shape(plan), dtype=torch.float64), requires_grad=macro.range == "calibrated" and macro.levels == "uniform")
+            learned = macro.range == "calibrated" and (macro.levels == "uniform" or macro.granularity == "column")
+            self.log_step = nn.Parameter(torch.zeros(group_shape(plan), dtype=torch.float64), requires_grad=learned)
             self.register_buffer("zero", torch.full(group_shape(plan), macro.zero, dtype=torch.int64))
             self.real_zero = nn.Parameter(self.zero.double(), requires_grad=False)
             if macro.levels == "free":
-                self.register_buffer("thresholds", torch.zeros(macro.top, dtype=torch.int64))
+                columns = group_shape(plan)[1]
+                self.register_buffer("thresholds", torch.zeros(columns, macro.top, dtype=torch.int64))
                 self.register_buffer("levels", torch.zeros(macro.top + 1, dtype=torch.int64))
+                self.register_buffer("unit", torch.full((columns,), 1 / level_units(macro), dtype=torch.float64))
                 self.log_gaps = nn.Parameter(torch.zeros(macro.top, dtype=torch.float64))
         self.relaxation: Relaxation | None = None
         self.watch: Callable | None = None
@@ -110,15 +115,17 @@ class ReadLayer(nn.Module):
         self.ideal_adc = False
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """A state from before zeros and levels were learned has the codes alone, and one from before groups had their own zero has
-        one for all."""
+        """A state from before zeros and levels were learned has the codes alone, and one from before groups had their own zero, or columns
+        their own thresholds, has one for all."""
         if prefix + "zero" in state_dict:
             for name in {"zero", "real_zero"} & {key.removeprefix(prefix) for key in state_dict}:
                 state_dict[prefix + name] = state_dict[prefix + name].expand(group_shape(self.plan)).clone()
             state_dict.setdefault(prefix + "real_zero", state_dict[prefix + "zero"].double())
-        if prefix + "levels" in state_dict and prefix + "log_gaps" not in state_dict:
+        if prefix + "levels" in state_dict and prefix + "unit" not in state_dict:
             self.set_levels(state_dict[prefix + "thresholds"], state_dict[prefix + "levels"])
-            state_dict |= {prefix + name: getattr(self, name).detach().clone() for name in ("zero", "real_zero", "log_gaps")}
+            state_dict |= {prefix + name: getattr(self, name).detach().clone() for name in ("thresholds", "unit")}
+            for name in ("zero", "real_zero", "log_gaps") if prefix + "log_gaps" not in state_dict else ():
+                state_dict[prefix + name] = getattr(self, name).detach().clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "order" in state_dict:
             self.set_order(state_dict[prefix + "order"])
@@ -156,23 +163,43 @@ class ReadLayer(nn.Module):
         return self.real_zero + (self.zero - self.real_zero).detach()
 
     @torch.no_grad()
-    def set_levels(self, thresholds: np.ndarray, levels: np.ndarray) -> None:
-        """Give a layer with free levels its integers: thresholds [top] and ascending levels [top + 1], as in `optimal_levels`."""
+    def set_levels(self, thresholds: np.ndarray, levels: np.ndarray, ratio: np.ndarray | float = 1.0) -> None:
+        """Give a layer with free levels its numbers: integers thresholds [top], or [1 or O, top] with the same code of p = 0, ascending
+        levels [top + 1], as in `optimal_levels`, and the ratio [1 or O] of each column's unit to 1 / level_units."""
         self.thresholds.copy_(torch.as_tensor(thresholds))
         self.levels.copy_(torch.as_tensor(levels))
-        self.set_zero(int(adc.threshold_code(0, self.thresholds.tolist())))
+        self.log_step.copy_(torch.as_tensor(ratio).log())
+        self._follow_units()
+        self.set_zero(int(adc.threshold_code(0, self.thresholds[0].tolist())))
         self.log_gaps.copy_((self.levels.diff().clamp(min=1) / level_units(self.plan.macro)).log())
 
+    def _follow_units(self) -> None:
+        self.unit.copy_(self.log_step.exp().view(-1) / level_units(self.plan.macro))
+
     def learned_levels(self) -> torch.Tensor:
-        """float64 [top + 1]: what the codes stand for, in partial-sum units, with the gradient of the gaps between them, a step for
-        each code. The code of p = 0 stays 0; the levels and thresholds that are served follow."""
-        units, zero = level_units(self.plan.macro), int(self.zero)
+        """float64 [top + 1]: what the codes stand for, in partial-sum units of a column of ratio 1, with the gradient of the gaps between
+        them, a step for each code. The code of p = 0 stays 0; the levels, units and thresholds that are served follow."""
+        units, zero = level_units(self.plan.macro), int(self.zero.flatten()[0])
         above = torch.cat([self.log_gaps.new_zeros(1), self.log_gaps.exp().cumsum(0)])
         real = above - above[zero]
         with torch.no_grad():
             self.levels.copy_(torch.floor(real * units + 0.5).clamp(-FREE_LEVEL_PEAK, FREE_LEVEL_PEAK))
-            self.thresholds.copy_(nearest_thresholds(self.levels, zero, units))
+            self._follow_units()
+            self.thresholds.copy_(nearest_thresholds(self.levels, zero, self.unit))
         return real + (self.levels / units - real).detach()
+
+    def level_values(self) -> torch.Tensor:
+        """float64 [1 or O, top + 1]: what the codes of free levels stand for, in partial-sum units; in training with the gradients of the gaps
+        and of the steps of columns."""
+        if not self.training:
+            return self.unit.unsqueeze(1) * self.levels
+        levels = self.learned_levels()
+        return self.log_step.exp().view(-1, 1) * levels
+
+    def level_ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """(lowest, highest) partial sum that the end codes of free levels stand for, rounded outwards: float64 [1 or O]."""
+        lo, hi = (self.unit * self.levels[[0, -1]].unsqueeze(1)).numpy()
+        return np.floor(lo), np.ceil(hi)
 
     # -- forward -----------------------------------------------------------------------------------------------------
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -244,11 +271,12 @@ class ReadLayer(nn.Module):
         return lambda x, w, pair: reads(x, w, step, with_noise(spec, relax, pair), unit, zero)
 
     def _free_call(self) -> Callable:
-        levels = self.learned_levels() if self.training else self.levels / level_units(self.plan.macro)
-        spec, unit = unpadded(free_spec(self.plan, self.thresholds, self.levels)), 1 / level_units(self.plan.macro)
-        p = torch.arange(self.plan.macro.p_min, self.plan.macro.p_max + 1)
-        value = levels[adc.threshold_code(p, self.thresholds.tolist())].unsqueeze(0)
-        return lambda x, w, pair: learned_table_reads(x, w, value, spec, unit, LEVEL_IMAGES)
+        """Hard reads by a table of levels; their slope is 1 between the end levels and 0 beyond."""
+        values = self.level_values()
+        code = level_codes(self.plan, self.thresholds.numpy())
+        spec, back = unpadded(level_spec(self.plan, code, self.levels.numpy())), unpadded(inside_spec(self.plan, *self.level_ends()))
+        value, unit = values.gather(1, torch.from_numpy(code)), self.unit.float()
+        return lambda x, w, pair: learned_table_reads(x, w, value, spec, back, unit, LEVEL_IMAGES)
 
     def _whole_call(self) -> Callable:
         """Hard reads in units of the accumulator."""
@@ -277,17 +305,12 @@ def with_noise(spec: ReadSpec, relax: Relaxation | None, pair: int) -> ReadSpec:
     return replace(spec, noise=Relaxation(relax.tau, relax.seed * 64 + pair).noise())
 
 
-def nearest_thresholds(levels: torch.Tensor, zero: int, units: float) -> torch.Tensor:
-    """int64 [top]: the thresholds that give every partial sum the nearest of the levels int64 [top + 1] (the upper one of two), and
-    p = 0 the code `zero`, whose level is 0."""
-    middle = torch.ceil((levels[1:] + levels[:-1]) / (2 * units)).long()
-    return torch.cat([middle[:zero].clamp(max=0), middle[zero:].clamp(min=1)])
+def nearest_thresholds(levels: torch.Tensor, zero: int, unit: torch.Tensor) -> torch.Tensor:
+    """int64 [1 or O, top]: the thresholds that give every partial sum the nearest of unit[o] * levels, float64 [1 or O] and int64 [top + 1]
+    (the upper one of two), and p = 0 the code `zero`, whose level is 0.
 
-
-def free_spec(plan: Plan, thresholds: torch.Tensor, levels: torch.Tensor) -> ReadSpec:
-    """Free levels as tables over p: the level, and slope 1 (in partial-sum units) between the end levels, 0 beyond."""
-    spec = free_level_spec(plan, thresholds.numpy(), levels.numpy())
-    value = levels.numpy() / level_units(plan.macro)
-    p = np.arange(plan.macro.p_min, plan.macro.p_max + 1, dtype=np.float32)
-    inside = ((p >= np.floor(value.min())) & (p <= np.ceil(value.max()))).astype(np.float32)
-    return replace(spec, tables=replace(spec.tables, slope=inside[None]))
+    >>> nearest_thresholds(torch.tensor([-5, 0, 4, 9]), 1, torch.tensor([1.0, 2.5])).tolist()
+    [[-2, 2, 7], [-6, 5, 17]]
+    """
+    middle = torch.ceil((levels[1:] + levels[:-1]) * unit.unsqueeze(1) / 2).long()
+    return torch.cat([middle[:, :zero].clamp(max=0), middle[:, zero:].clamp(min=1)], 1)

@@ -18,7 +18,7 @@ from rqtool.program.ir import Program
 from rqtool.program.run import Runner
 from rqtool.train.finetune import EVAL_BATCH, HELD_VALUES, fitting, fitting_network
 from rqtool.train.histogram import partial_sum_histogram
-from rqtool.train.layers import ReadLayer, group_shape, level_units
+from rqtool.train.layers import ReadLayer, group_shape
 from rqtool.train.rewrite import read_layers
 from rqtool.train.served import Served
 
@@ -56,8 +56,7 @@ def clip_bounds(layer: ReadLayer) -> list[tuple[int, int]]:
     """(lowest, highest) partial sum within full scale, for each group of steps."""
     macro = layer.plan.macro
     if macro.levels == "free":
-        levels = layer.levels.numpy() / level_units(macro)
-        return [(int(np.floor(levels.min())), int(np.ceil(levels.max())))]
+        return [(int(lo), int(hi)) for lo, hi in zip(*layer.level_ends())]
     numbers = layer.adc()
     groups = zip(*(a.expand(group_shape(layer.plan)).flatten().tolist() for a in (numbers.mult, numbers.zero)))
     return [adc.clip_bounds(adc.uniform_thresholds(mult, macro.shift, zero, macro.top), 2.0**macro.shift / mult) for mult, zero in groups]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from rqtool.kernels import choose, reference
+from rqtool.kernels import choose
 from rqtool.kernels.spec import ReadSpec, Tables
 from rqtool.mapping.planes import Plane, extract
 
@@ -62,19 +62,19 @@ class _TableReads(torch.autograd.Function):
     """Reads whose values are looked up in a table that gets a gradient of its own."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec, unit: float, images: int) -> torch.Tensor:
-        """x [N, C, H, W] padded codes, weight [O, K], value [rows, P]: unit times what `spec.tables.value` holds, under autograd."""
-        ctx.spec, ctx.carrier, ctx.images = spec, choose.for_training(x, spec), min(images, len(x))
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec, back: ReadSpec, unit: torch.Tensor | None, images: int) -> torch.Tensor:
+        """x [N, C, H, W] padded codes, weight [O, K], value [rows, P] under autograd: unit [1 or O] times what `spec.tables.value` holds."""
+        ctx.spec, ctx.back, ctx.carrier, ctx.images = spec, back, choose.for_training(x, spec), min(images, len(x))
         x = ctx.carrier.keep(x)
         ctx.save_for_backward(x, weight)
         y = ctx.carrier.forward(x, weight, spec)
-        return y if unit == 1 else y.mul_(unit)
+        return y if unit is None else y.mul_(unit.view(1, -1, 1, 1))
 
     @staticmethod
     def backward(ctx, gy: torch.Tensor):
         (x, weight), gy, n = ctx.saved_tensors, gy.contiguous(), ctx.images
-        dx, dw, *_ = ctx.carrier.backward(x, weight, ctx.spec, gy)
-        return dx, dw, reference.table_gradient(x[:n].to(gy.dtype), weight, ctx.spec, gy[:n]) * (len(x) / n), None, None, None
+        dx, dw, *_ = ctx.carrier.backward(x, weight, ctx.back, gy)
+        return dx, dw, choose.table_gradient(x[:n].to(gy.dtype), weight, ctx.spec, gy[:n]) * (len(x) / n), None, None, None, None
 
 
 class _Scaled(torch.autograd.Function):
@@ -110,15 +110,18 @@ def reads(x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, spec: ReadS
 
 
 def table_reads(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.Tensor:
-    """The same for an ADC given by value and slope tables, whose levels are not learned."""
+    """The same for an ADC given by its codes or a value table, with nothing to learn."""
     one = x.new_ones(1, 1)
     return _Reads.apply(x, weight, one, None, spec, x.new_ones(1), None)
 
 
-def learned_table_reads(x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec, unit: float = 1.0, images: int = ALL) -> torch.Tensor:
-    """The same with values that are learned: float64 [rows, P] under autograd, unit times the numbers in the spec. Their gradient is
-    counted on the first `images` images and multiplied up to all of them: the counting is slow, and a table has few numbers."""
-    return _TableReads.apply(x, weight, value, spec, unit, images)
+def learned_table_reads(
+    x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec, back: ReadSpec, unit: torch.Tensor | None = None, images: int = ALL
+) -> torch.Tensor:
+    """The same with values that are learned: float64 [rows, P] under autograd, unit (float32 [1 or O], None for 1) times the numbers in the
+    spec; back: the spec whose slope the backward pass takes. The gradient of the values is counted on the first `images` images and
+    multiplied up to all of them: the counting is slow, and a table has few numbers."""
+    return _TableReads.apply(x, weight, value, spec, back, unit, images)
 
 
 def unpadded(spec: ReadSpec) -> ReadSpec:

@@ -57,7 +57,7 @@ def mean_call(plan: Plan, numbers: AdcNumbers, step: torch.Tensor, zero: torch.T
     rows = np.arange(value.shape[0]).reshape(torch.broadcast_shapes(step.shape, zero.shape))
     tables = Tables(plan.macro.p_min, over_reads(rows, plan).astype(np.int64), slope.float().numpy(), value.detach().float().numpy())
     spec = unpadded(make_spec(plan, *np.ones((3, 1, 1)), tables=tables))  # with values in tables, only the tiles count
-    return lambda x, w, pair: learned_table_reads(x, w, value, spec)
+    return lambda x, w, pair: learned_table_reads(x, w, value, spec, spec)
 
 
 # -- gumbel ------------------------------------------------------------------------------------------------------------
