@@ -62,7 +62,7 @@ def fields(**given: Any) -> tuple[tuple[str, Any], ...]:
 
 FINE, MODES, RANGES, WIDE, TRIED = "Fine-tuned through the ADC", "The four modes", "Post-training alone", "128 rows on", "Other recipes"
 EPOCHS = {"mnist": 2, "fashion": 2, "small": 1, "cifar": 1, "few": 1}
-LONG = 4  # epochs
+LONG = {"mnist": 6, "fashion": 4, "cifar": 4}  # epochs
 MATCHED_EPOCHS = {"mnist": 6, "fashion": 2, "cifar": 3}
 TAUGHT = fields(mode="ste", teacher="float")
 MATCHED = (*TAUGHT, ("match", 100.0))
@@ -70,6 +70,7 @@ COLUMN = fields(granularity="column")
 WAYS = {
     "": COLUMN, "-layer": (), "-free": fields(levels="free"),
     "-spread": fields(granularity="column", pack="spread"), "-spread-free": fields(levels="free", pack="spread"),
+    "-spread-free-column": fields(levels="free", granularity="column", pack="spread"),
 }  # fmt: skip
 POLICIES = {
     "full": (fields(range="full"), ()),
@@ -82,6 +83,7 @@ POLICIES = {
     "spread": (fields(pack="spread"), ()),
     "spread-column": (fields(granularity="column", pack="spread"), ()),
     "spread-free": (fields(levels="free", pack="spread"), ()),
+    "spread-free-column": (fields(levels="free", granularity="column", pack="spread"), ()),
 }
 
 
@@ -89,7 +91,8 @@ def fine_tuned(task: str) -> dict[str, Experiment]:
     """4, 3 and 2 bits, and the preset: a step for each column, a step for the layer, free levels; rows in order, or spread, that for more epochs too,
     and with a teacher whose inner values are matched."""
     found = {f"{task}-{bits}{way}": Experiment(FINE, task, fields(adc_bits=bits) + macro, None, EPOCHS[task], TAUGHT) for bits in (4, 3, 2) for way, macro in WAYS.items()}
-    found |= {f"{task}-{bits}-spread-long": Experiment(FINE, task, fields(adc_bits=bits) + WAYS["-spread"], None, LONG, TAUGHT) for bits in (4, 3, 2)}
+    long = ("-spread", "-spread-free-column")
+    found |= {f"{task}-{bits}{way}-long": Experiment(FINE, task, fields(adc_bits=bits) + WAYS[way], None, LONG[task], TAUGHT) for way in long for bits in (4, 3, 2)}
     found |= {f"{task}-{bits}-matched": Experiment(FINE, task, fields(adc_bits=bits) + WAYS["-spread"], None, MATCHED_EPOCHS[task], MATCHED) for bits in (4, 3, 2)}
     found |= {f"{task}-nthu-2019{way}": Experiment(FINE, task, WAYS[way], "nthu-2019", EPOCHS[task], TAUGHT) for way in ("", "-layer", "-spread")}
     return found | {f"{task}-nthu-2019-matched": Experiment(FINE, task, WAYS["-spread"], "nthu-2019", MATCHED_EPOCHS[task], MATCHED)}

@@ -53,7 +53,8 @@ def spread(numbers: list[float]) -> str:
 
 
 def setting_cell(macro: dict[str, Any]) -> str:
-    levels = "free levels" if macro["levels"] == "free" else f"step per {macro['granularity']}"
+    shared = f"step per {macro['granularity']}"
+    levels = shared if macro["levels"] == "uniform" else "free levels" if macro["granularity"] == "layer" else f"free levels, {shared}"
     extra = ["full range"] * (macro["range"] == "full") + ["rows spread"] * (macro["pack"] == "spread")
     return ", ".join([f"{macro['wl']} rows on", f"{macro['in_bits']}/{macro['w_bits']} bits", f"{macro['adc_bits']}-bit ADC", macro["codebook"], levels, *extra])
 
