@@ -51,8 +51,18 @@ def test_a_recipe_is_told_where_it_is_not_the_default(experiments: ModuleType) -
     assert told("fashion-2-spread-shift") == "ste, float teacher, shift" and told("mnist-4-relaxed") == "relaxed"
     assert told("fashion-2-spread-two-stage") == "ste, float teacher, 1 of the epochs with an ideal ADC first"
     assert told("fashion-2-spread-zero") == "ste, float teacher, zeros learned"
+    assert told("cifar-2-matched") == "ste, float teacher, matched 100"
     assert [told(f"mnist-3-ptq-{name}") for name in ("uniform", "peak", "percentile")] == ["least squared error", "largest sum", "99.9 %"]
     assert experiments.EXPERIMENTS["cifar-4"].recipe(3).to_dict()["batch"] == 128
+
+
+def test_a_setting_says_whose_the_steps_and_levels_are(experiments: ModuleType) -> None:
+    def told(**macro: object) -> str:
+        return experiments.results.setting_cell(Macro(**macro).to_dict()).removeprefix("9 rows on, 4/4 bits, 4-bit ADC, twos, ")
+
+    assert [told(), told(levels="free"), told(levels="free", granularity="column", pack="spread")] == [
+        "step per layer", "free levels", "free levels, step per column, rows spread",
+    ]  # fmt: skip
 
 
 def test_every_job_has_a_macro_a_recipe_and_a_twin(experiments: ModuleType) -> None:
