@@ -63,6 +63,7 @@ def fields(**given: Any) -> tuple[tuple[str, Any], ...]:
 FINE, MODES, RANGES, WIDE, TRIED = "Fine-tuned through the ADC", "The four modes", "Post-training alone", "128 rows on", "Other recipes"
 EPOCHS = {"mnist": 2, "fashion": 2, "small": 1, "cifar": 1, "few": 1}
 LONG = {"mnist": 6, "fashion": 4, "cifar": 4}  # epochs
+LONGER = {"mnist": 12, "fashion": 8, "cifar": 6}
 MOVED = {"mnist": "shift", "fashion": "shift-flip", "cifar": "shift-flip"}
 MATCHED_EPOCHS = {"mnist": 6, "fashion": 2, "cifar": 3}
 TAUGHT = fields(mode="ste", teacher="float")
@@ -92,8 +93,8 @@ def fine_tuned(task: str) -> dict[str, Experiment]:
     """4, 3 and 2 bits, and the preset: a step for each column, a step for the layer, free levels; rows in order, or spread, that for more epochs too,
     with images that are moved, and with a teacher whose inner values are matched."""
     found = {f"{task}-{bits}{way}": Experiment(FINE, task, fields(adc_bits=bits) + macro, None, EPOCHS[task], TAUGHT) for bits in (4, 3, 2) for way, macro in WAYS.items()}
-    long = ("-spread", "-spread-free-column")
-    found |= {f"{task}-{bits}{way}-long": Experiment(FINE, task, fields(adc_bits=bits) + WAYS[way], None, LONG[task], TAUGHT) for way in long for bits in (4, 3, 2)}
+    for name, epochs, ways in (("long", LONG, ("-spread", "-spread-free-column")), ("longer", LONGER, ("-spread",))):
+        found |= {f"{task}-{bits}{way}-{name}": Experiment(FINE, task, fields(adc_bits=bits) + WAYS[way], None, epochs[task], TAUGHT) for way in ways for bits in (4, 3, 2)}
     moved = fields(augment=MOVED[task])
     found |= {f"{task}-{bits}-moved": Experiment(FINE, task, fields(adc_bits=bits) + WAYS["-spread-free-column"], None, LONG[task], TAUGHT + moved) for bits in (4, 3, 2)}
     found |= {f"{task}-{bits}-matched": Experiment(FINE, task, fields(adc_bits=bits) + WAYS["-spread"], None, MATCHED_EPOCHS[task], MATCHED) for bits in (4, 3, 2)}
