@@ -4,8 +4,8 @@
     python examples/experiments.py --list [--only PATTERN ...]
 
 DIR holds data/mnist.npz, data/fashion_mnist.npz, data/cifar10_jpeg75.npz, models/reference_models.py and the weights beside it. PATTERNs
-name jobs as a shell names files ("mnist-*"). A finished row is a JSON file in --rows (default docs/results) named after job and seed; delete
-it to run the job again. Every job is one call of rqtool.quantize. The ideal-ADC twin is trained equally long from the same seed; jobs that
+name jobs as a shell names files ("mnist-*"). A finished row is a JSON file in --rows (default docs/results) named after job and seed, with the
+sentence of rqtool's error where it would not do the job; delete it to run the job again. Every job is one call of rqtool.quantize. The ideal-ADC twin is trained equally long from the same seed; jobs that
 differ only in the ADC have the same twin, which is then trained once. --jobs seeds run side by side, each on --threads threads. At the end
 docs/results.md and its plots are written from all rows there are (examples/results.py).
 """
@@ -72,9 +72,8 @@ def read_model(task: Task, models: Path) -> torch.nn.Module | str:
 def known_twin(name: str, seed: int, rows: Path) -> float | None:
     """The ideal-ADC twin's top-1 from a finished row that has the same twin."""
     same = [n for n in EXPERIMENTS if n != name and EXPERIMENTS[n].twin() == EXPERIMENTS[name].twin()]
-    paths = [rows / f"{n}-seed{seed}.json" for n in same]
-    found = [json.loads(p.read_text())["metrics"]["ideal_top1"] for p in paths if p.exists()]
-    return found[0] if found else None
+    found = [json.loads(path.read_text()) for n in same if (path := rows / f"{n}-seed{seed}.json").exists()]
+    return next((row["metrics"]["ideal_top1"] for row in found if "metrics" in row), None)
 
 
 @cache
@@ -86,7 +85,7 @@ def commit() -> str:
 
 
 def run(name: str, seed: int, shared: Path, data: rqtool.Data, rows: Path) -> dict:
-    """The JSON result of one job, without what is known of each layer."""
+    """The JSON result of one job, without what is known of each layer. Raises RqError where rqtool will not do it."""
     about, task = EXPERIMENTS[name], TASKS[EXPERIMENTS[name].task]
     macro, twin = rqtool.make_macro(about.preset, **dict(about.macro)), known_twin(name, seed, rows)
     preprocess = None if task.weights is None else rqtool.Preprocess(mean=task.mean, std=task.std)
@@ -97,9 +96,8 @@ def run(name: str, seed: int, shared: Path, data: rqtool.Data, rows: Path) -> di
     return {"commit": commit(), "threads": torch.get_num_threads(), **{key: result[key] for key in kept}}
 
 
-def run_seed(names: list[str], seed: int, threads: int, shared: Path, rows: Path) -> list[str]:
-    """The jobs of one seed that have no row yet, one after another; returns what was said of those that could not be done."""
-    refused = []
+def run_seed(names: list[str], seed: int, threads: int, shared: Path, rows: Path) -> None:
+    """The jobs of one seed that have no row yet, one after another."""
     torch.set_num_threads(threads)
     commit()  # now, for the working copy may move on while a job runs
     for task in dict.fromkeys(EXPERIMENTS[n].task for n in names):
@@ -109,12 +107,12 @@ def run_seed(names: list[str], seed: int, threads: int, shared: Path, rows: Path
             if not path.exists():
                 try:
                     found = run(name, seed, shared, data, rows)
+                    said = f"{json.dumps(found['metrics'])} {found['seconds']} s"
                 except rqtool.RqError as e:
-                    refused.append(f"{name}, seed {seed}: {e}")
-                    continue
+                    found = {"commit": commit(), "refused": str(e)}
+                    said = f"refused: {e}"
                 write_atomic(path, json.dumps(found, indent=1).encode() + b"\n")
-                print(path.name, json.dumps(found["metrics"]), f"{found['seconds']} s", flush=True)
-    return refused
+                print(path.name, said, flush=True)
 
 
 def main() -> None:
@@ -138,10 +136,9 @@ def main() -> None:
     args.rows.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(run_seed, names, seed, args.threads, args.shared, args.rows) for seed in range(args.seeds)]
-        refused = [sentence for job in jobs for sentence in job.result()]
+        for job in jobs:
+            job.result()
     results.write(args.rows, DOCS)
-    if refused:
-        sys.exit("\n".join(refused))
 
 
 if __name__ == "__main__":

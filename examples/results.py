@@ -36,10 +36,10 @@ COLUMNS = ("job", "setting", "recipe", "reads per MAC", "epochs", "runs", "float
 NOTE = 'Minutes are those of the last run of a job with all its measurements, and with the twin where that was trained too; on one thread, often beside other work. They are no timing.'
 
 
-def read_rows(rows: Path) -> dict[str, list[dict[str, Any]]]:
-    """The finished rows of each job that has any, by seed."""
+def read_rows(rows: Path, kind: str = "metrics") -> dict[str, list[dict[str, Any]]]:
+    """The finished rows of each job that has any, by seed; kind: those with "metrics", or those of jobs that rqtool "refused"."""
     found = {name: [json.loads(path.read_text()) for path in sorted(rows.glob(f"{name}-seed*.json"))] for name in EXPERIMENTS}
-    return {name: results for name, results in found.items() if results}
+    return {name: those for name, results in found.items() if (those := [result for result in results if kind in result])}
 
 
 def values(results: list[dict[str, Any]], key: str) -> list[float]:
@@ -82,11 +82,17 @@ def table(found: dict[str, list[dict[str, Any]]], section: str, task: str) -> li
     return [f"### {TASKS[task].title}", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *rows, ""] if rows else []
 
 
-def report(found: dict[str, list[dict[str, Any]]], plots: list[str]) -> str:
+def refusals(refused: dict[str, list[dict[str, Any]]], section: str, task: str) -> list[str]:
+    """What rqtool said of the jobs of a table that it would not do, once for each job."""
+    said = [f"- {name}: {results[0]['refused']}" for name, results in refused.items() if (EXPERIMENTS[name].section, EXPERIMENTS[name].task) == (section, task)]
+    return ["Refused:", "", *said, ""] if said else []
+
+
+def report(found: dict[str, list[dict[str, Any]]], refused: dict[str, list[dict[str, Any]]], plots: list[str]) -> str:
     """docs/results.md; plots: files beside it."""
     lines = [HEAD, NOTE, "", *(f"![{name.removesuffix('.svg')}]({name})\n" for name in plots)]
     for section, about in ABOUT.items():
-        tables = [line for task in TASKS for line in table(found, section, task)]
+        tables = [line for task in TASKS for line in table(found, section, task) + refusals(refused, section, task)]
         lines += [f"## {section}", "", about, "", *tables] if tables else []
     return "\n".join(lines)
 
@@ -107,7 +113,7 @@ def write(rows: Path, docs: Path) -> None:
     plots = {f"results-{task}.svg": svg for task in TASKS if (svg := plot(found, task))}
     for name, svg in plots.items():
         write_atomic(docs / name, svg.encode(), force=True)
-    write_atomic(docs / "results.md", report(found, list(plots)).encode(), force=True)
+    write_atomic(docs / "results.md", report(found, read_rows(rows, "refused"), list(plots)).encode(), force=True)
 
 
 if __name__ == "__main__":

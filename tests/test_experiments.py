@@ -16,6 +16,7 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
+import rqtool
 from rqtool.hardware.macro import Macro
 from rqtool.train.finetune import Recipe
 
@@ -96,6 +97,30 @@ def test_the_report_and_the_plots_show_finished_rows_only(experiments: ModuleTyp
     assert len(drawing.findall("{*}polyline")) == 2 and len(drawing.findall("{*}circle")) == 4
     words = {t.text for t in drawing.findall("{*}text")}
     assert {"fine-tuned, step per column", "twin with an ideal ADC"} <= words and "fine-tuned, free levels" not in words
+
+
+def test_what_rqtool_refuses_is_kept_and_told_under_the_table(experiments: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def run(name: str, seed: int, *_: object) -> dict:
+        calls.append((name, seed))
+        if name == "mnist-3-ptq-full":
+            raise rqtool.RqError("a channel of it hardly varies")
+        return result(99.4, 99.5, 100.0, epochs=0)
+
+    monkeypatch.setattr(experiments, "run", run)
+    monkeypatch.setattr(experiments, "data_of", lambda *_: None)
+    monkeypatch.setattr(experiments.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(experiments, "commit", lambda: "abc1234")
+    names = ["mnist-3-ptq-full", "mnist-3-ptq-peak"]
+    for _ in range(2):
+        experiments.run_seed(names, 0, 1, tmp_path, tmp_path)
+    assert calls == [(name, 0) for name in names]
+    assert json.loads((tmp_path / "mnist-3-ptq-full-seed0.json").read_text()) == {"commit": "abc1234", "refused": "a channel of it hardly varies"}
+    assert experiments.known_twin("mnist-3-ptq-uniform", 0, tmp_path) == 99.5
+    experiments.results.write(tmp_path, tmp_path)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "Refused:\n\n- mnist-3-ptq-full: a channel of it hardly varies\n" in text and text.count("| mnist-3-ptq-peak |") == 1 and "| mnist-3-ptq-full |" not in text
 
 
 def test_jpeg_files_back_to_back_are_decoded(experiments: ModuleType) -> None:
