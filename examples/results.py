@@ -23,7 +23,7 @@ percent on the test images (10,000 in every data set), by the integer program; Â
 No layer is kept off the macro, reads are signed. Selection is on held-out training images. The ideal-ADC twin starts from the same weights
 and is trained for as many epochs with the same seed; the loss is twin minus fine-tuned, in points. "Agreement" is the smallest share of test
 images over the runs on which the integer program and the served network in floating point name the same class. A teacher is the float
-network (weight {DISTILL_WEIGHT} of the loss unless said) and teaches the twin, too; "matched" says how much what enters each layer of it counts.
+network (weight {DISTILL_WEIGHT} of the loss unless said) and teaches the twin, too; "matched" says how much what enters each layer of it counts at first.
 """
 ABOUT = {
     FINE: "With a step (and zero) for each column, which costs a chip nothing; with one for the layer; with free levels; with rows spread (`--pack spread`), which costs no read and no cell. `nthu-2019`: 2-bit inputs, sign + 2-bit weights, 15 codes.",

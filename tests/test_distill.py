@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from rqtool.model.data import Images
 from rqtool.train.distill import Teacher, distance, divergence, entering, seen
-from rqtool.train.finetune import Feed, finetune, top1
+from rqtool.train.finetune import Feed, finetune, steps_per_epoch, top1
 from rqtool.train.rewrite import read_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +91,20 @@ def test_the_lesson_adds_the_distance_times_its_weight():
     names = entering(network.graph)
     (_, theirs), (_, mine) = seen(network.eval(), x, names), seen(student, x, names)
     assert matched.item() == pytest.approx((plain + 3 * distance(mine, theirs)).item(), rel=1e-6) and matched > plain
+    later = Teacher(network, 0.5, 2.0, match=3.0).lesson(student, x, labels, index, remaining=0.25)
+    assert later.item() == pytest.approx((plain + 0.75 * distance(mine, theirs)).item(), rel=1e-6)
+
+
+def test_the_distance_counts_less_with_every_step():
+    class Watched(Teacher):
+        def lesson(self, *args, remaining, **kwargs):
+            shares.append(remaining)
+            return super().lesson(*args, remaining=remaining, **kwargs)
+
+    shares: list[float] = []
+    finetune(started(FEW_BITS), TRAIN, HELD, RECIPE, WORST, teacher=Watched(float_network(), 0.5, 2.0, match=1.0))
+    steps = RECIPE.epochs * steps_per_epoch(len(TRAIN), RECIPE)
+    assert shares == [1 - n / steps for n in range(steps)]
 
 
 def test_matching_brings_what_enters_the_layers_closer():

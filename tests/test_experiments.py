@@ -52,7 +52,7 @@ def test_a_recipe_is_told_where_it_is_not_the_default(experiments: ModuleType) -
     assert told("fashion-2-spread-shift") == "ste, float teacher, shift" and told("mnist-4-relaxed") == "relaxed"
     assert told("fashion-2-spread-two-stage") == "ste, float teacher, 1 of the epochs with an ideal ADC first"
     assert told("fashion-2-spread-zero") == "ste, float teacher, zeros learned"
-    assert told("cifar-2-matched") == "ste, float teacher, matched 100"
+    assert told("cifar-2-matched") == "ste, float teacher, matched 300"
     assert [told(f"mnist-3-ptq-{name}") for name in ("uniform", "peak", "percentile")] == ["least squared error", "largest sum", "99.9 %"]
     assert experiments.EXPERIMENTS["cifar-4"].recipe(3).to_dict()["batch"] == 128
 

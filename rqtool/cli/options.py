@@ -85,7 +85,7 @@ RECIPE = (
     Flag("teacher", "float|ideal|none", "Also learn the scores of the float network, or of the ideal-ADC twin (default none).", values.as_given),
     Flag("distill_weight", "X", "The teacher's share of the loss (default 0.5).", values.number),
     Flag("distill_temperature", "X", "Scores are divided by it before they are compared (default 2).", values.number),
-    Flag("match", "X", "How much what enters each layer of the teacher counts, beside its scores (default 0).", values.number),
+    Flag("match", "X", "How much what enters each layer of the teacher counts, beside its scores; falls to 0 over the steps (default 0).", values.number),
     Flag("augment", "KIND", "Move training images a little: none, shift or shift-flip (default none).", values.as_given),
     Flag("batch", "N", "Images in a step (default 64).", values.whole),
     Flag("lr", "X", "Peak learning rate (default 0.001).", values.number),

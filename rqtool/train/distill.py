@@ -1,11 +1,11 @@
 """Distillation: a network that is already good teaches the one behind the ADC (Hinton et al., 2015, arXiv 1503.02531).
 
     loss = (1 - weight) * CE(student, labels)  +  weight * T**2 * KL(softmax(teacher / T) || softmax(student / T))
-         + match * mean over layers of |what enters the student's layer - what enters the teacher's|**2 / |what enters the teacher's|**2
+         + r * match * mean over layers of |what enters the student's layer - what enters the teacher's|**2 / |what enters the teacher's|**2
 
 T**2 keeps the second part's gradient as large as at T = 1, so that `weight` means the same at every temperature. The last part (Romero et
 al., 2015, arXiv 1412.6550, without their regressors: both networks have one graph) gives every layer a gradient that did not have to find its
-way back through the ADCs of all later ones.
+way back through the ADCs of all later ones. r is the share of the steps still to be done: likeness is a way to the scores, not what is wanted, so it counts less and less.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def seen(network: Network, x: torch.Tensor, names: Collection[str]) -> tuple[tor
 @dataclass(frozen=True)
 class Teacher:
     """A trained network whose scores are to be matched. weight: its share of the loss, 0 to 1; temperature: T above; match: how much what
-    enters its layers counts. told: its scores float32 [images, classes] of all training images, where they are shown as they are; None
+    enters its layers counts at first. told: its scores float32 [images, classes] of all training images, where they are shown as they are; None
     where it is asked anew in each step."""
 
     network: Network
@@ -85,8 +85,8 @@ class Teacher:
         """The loss of the student's scores [N, classes] where the teacher's are `told`."""
         return (1 - self.weight) * F.cross_entropy(scores, labels) + self.weight * divergence(scores, told, self.temperature)
 
-    def lesson(self, student: Network, x: torch.Tensor, labels: torch.Tensor, index: np.ndarray) -> torch.Tensor:
-        """The loss of a student on real-valued images x, the training images at `index` [N]."""
+    def lesson(self, student: Network, x: torch.Tensor, labels: torch.Tensor, index: np.ndarray, remaining: float = 1.0) -> torch.Tensor:
+        """The loss of a student on real-valued images x, the training images at `index` [N]; remaining: r above, 1 to 0."""
         (told, wanted), (scores, found) = self.says(x, index), seen(student, x, self.names)
         loss = self.loss(scores, labels, told)
-        return loss + self.match * distance(found, wanted) if wanted else loss
+        return loss + remaining * self.match * distance(found, wanted) if wanted else loss

@@ -249,7 +249,7 @@ def _epoch(
         index = np.sort(order[(step - first) * recipe.batch : (step - first + 1) * recipe.batch])
         _prepare(network, optim, recipe, step, total, 0.5**run.roll_backs)
         x, labels = augmented(train.real(index), recipe.augment, (recipe.seed, step)), train.labels(index)
-        loss = partial(teacher.lesson, index=index) if teacher else untaught
+        loss = partial(teacher.lesson, index=index, remaining=1 - step / total) if teacher else untaught
         try:
             step_done(_step(network, optim, partial(loss, network, x, labels)))
             process.step_done()
