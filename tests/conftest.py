@@ -15,6 +15,7 @@ SHARED = REPOSITORY.parent / "shared"  # real data and real weights, too large t
 
 # Read when torch is first imported, here or in a command that a test starts: no import of torch only to set it.
 os.environ["OMP_NUM_THREADS"] = "2"
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `rqtool` does: beside a busy process, threads that wait awake take minutes longer
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")

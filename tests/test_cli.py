@@ -590,6 +590,14 @@ def test_version_and_plain_start(tmp_path):
     assert shell("rqtool ", tmp_path).stdout == shell("rqtool --help", tmp_path).stdout
 
 
+@pytest.mark.parametrize(("given", "then"), [({}, "1000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"), ({"OMP_WAIT_POLICY": "active"}, "None active")])
+def test_threads_that_wait_sleep_soon_unless_told_how(given, then):
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    env = {name: value for name, value in os.environ.items() if name not in names} | given
+    program = f"import os; from rqtool.cli.main import run; run(['--version']); print(*map(os.environ.get, {names}))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, env=env, capture_output=True, text=True).stdout == f"rqtool 0.1.0\n{then}\n"
+
+
 def test_eval_from_the_shell_keeps_the_streams_apart(folder):
     Path("few.npz").touch()
     x, y = stripes(30)
