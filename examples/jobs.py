@@ -65,7 +65,7 @@ EPOCHS = {"mnist": 2, "fashion": 2, "small": 1, "cifar": 1, "few": 1}
 LONG = {"mnist": 6, "fashion": 4, "cifar": 4}  # epochs
 LONGER = {"mnist": 12, "fashion": 8, "cifar": 6}
 MOVED = {"mnist": "shift", "fashion": "shift-flip", "cifar": "shift-flip"}
-MATCHED_EPOCHS = {"mnist": 6, "fashion": 2, "cifar": 3}
+MATCHED_EPOCHS = {"mnist": 6, "fashion": 4, "cifar": 3}
 TAUGHT = fields(mode="ste", teacher="float")
 MATCHED = (*TAUGHT, ("match", 300.0))
 COLUMN = fields(granularity="column")
@@ -97,7 +97,8 @@ def fine_tuned(task: str) -> dict[str, Experiment]:
         found |= {f"{task}-{bits}{way}-{name}": Experiment(FINE, task, fields(adc_bits=bits) + WAYS[way], None, epochs[task], TAUGHT) for way in ways for bits in (4, 3, 2)}
     moved = fields(augment=MOVED[task])
     found |= {f"{task}-{bits}-moved": Experiment(FINE, task, fields(adc_bits=bits) + WAYS["-spread-free-column"], None, LONG[task], TAUGHT + moved) for bits in (4, 3, 2)}
-    found |= {f"{task}-{bits}-matched": Experiment(FINE, task, fields(adc_bits=bits) + WAYS["-spread"], None, MATCHED_EPOCHS[task], MATCHED) for bits in (4, 3, 2)}
+    for name, epochs in (("matched", MATCHED_EPOCHS), ("matched-short", EPOCHS)):
+        found |= {f"{task}-{bits}-{name}": Experiment(FINE, task, fields(adc_bits=bits) + WAYS["-spread"], None, epochs[task], MATCHED) for bits in (4, 3, 2)}
     found |= {f"{task}-nthu-2019{way}": Experiment(FINE, task, WAYS[way], "nthu-2019", EPOCHS[task], TAUGHT) for way in ("", "-layer", "-spread")}
     return found | {f"{task}-nthu-2019-matched": Experiment(FINE, task, WAYS["-spread"], "nthu-2019", MATCHED_EPOCHS[task], MATCHED)}
 
