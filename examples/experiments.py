@@ -5,8 +5,8 @@
 
 DIR holds data/mnist.npz, data/fashion_mnist.npz, data/cifar10_jpeg75.npz, models/reference_models.py and the weights beside it. PATTERNs
 name jobs as a shell names files ("mnist-*"). A finished row is a JSON file in --rows (default docs/results) named after job and seed, with the
-sentence of rqtool's error where it would not do the job; delete it to run the job again. Every job is one call of rqtool.quantize. The ideal-ADC twin is trained equally long from the same seed; jobs that
-differ only in the ADC have the same twin, which is then trained once. --jobs seeds run side by side, each on --threads threads. At the end
+sentence of rqtool's error where it would not do the job; delete it to run the job again. Every job is one call of rqtool.quantize. The
+ideal-ADC twin is trained equally long from the same seed; jobs that differ only in the ADC have the same twin, which is then trained once. --jobs seeds run side by side, each on --threads threads. At the end
 docs/results.md and its plots are written from all rows there are (examples/results.py).
 """
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from rqtool.cli.main import sleep_soon
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"  # real data and real weights, too large to keep here
 
 # Read when torch is first imported, here or in a command that a test starts: no import of torch only to set it.
 os.environ["OMP_NUM_THREADS"] = "2"
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `rqtool` does: beside a busy process, threads that wait awake take minutes longer
+sleep_soon()
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")

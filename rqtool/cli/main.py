@@ -49,7 +49,7 @@ def _app() -> Any:
     return typer.main.get_command(app)
 
 
-def _sleep_soon() -> None:
+def sleep_soon() -> None:
     """Let threads of GNU OpenMP that wait for each other sleep soon, unless the user has said how they wait. By default they stay awake, and where
     another process is busy they keep the very thread that they wait for from its core. Read when torch loads the library."""
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
@@ -65,7 +65,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug, as_json = (name in args for name in ("--debug", "--json"))
     open_streams()
-    _sleep_soon()
+    sleep_soon()
     with _sigterm(), warnings.catch_warnings():
         if not debug and not sys.warnoptions:
             warnings.simplefilter("ignore")  # of torch and others, about themselves

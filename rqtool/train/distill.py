@@ -5,7 +5,8 @@
 
 T**2 keeps the second part's gradient as large as at T = 1, so that `weight` means the same at every temperature. The last part (Romero et
 al., 2015, arXiv 1412.6550, without their regressors: both networks have one graph) gives every layer a gradient that did not have to find its
-way back through the ADCs of all later ones. r is the share of the steps still to be done: likeness is a way to the scores, not what is wanted, so it counts less and less.
+way back through the ADCs of all later ones. r is the share of the steps still to be done: likeness is a way to the scores, not what is wanted, so it counts
+less and less.
 """
 
 from __future__ import annotations
