@@ -13,8 +13,9 @@
 
 `presets` is in hardware/macro.py and `doctor` in report/doctor.py: they need no model, so they need no torch.
 
-Results are dataclasses of plain data with `to_json()`. A `progress` has one method, `stage(name, total)`: a context manager that
-gives a function to call with the number of units done and a note.
+Results are dataclasses of plain data with `to_json()`. A `progress` has a method `stage(name, total)`: a context manager that
+gives a function to call with the number of units done and a note. Where it has a method `warn(sentence)` too, that is called with
+each warning as soon as there is one; results keep them all in `warnings`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rqtool.cli.output import on_terminal, say
+from rqtool.errors import escaped
 
 Tick = Callable[..., None]
 
@@ -27,6 +28,10 @@ class Lines:
 
             yield done
         say(f"{name}: {time.monotonic() - started:.1f} s" + (f", {said[0]}" if said[0] else ""))
+
+    def warn(self, sentence: str) -> None:
+        """Say at once what a user should know."""
+        say(f"warning: {escaped(sentence)}")
 
     @contextmanager
     def shown(self, name: str, total: int) -> Iterator[Tick]:

@@ -16,6 +16,7 @@ from torch import nn
 from rqtool.checkpoint import Checkpoint
 from rqtool.errors import ConfigError, InputError, escaped
 from rqtool.hardware.macro import Macro
+from rqtool.jobs.alarms import Alarms
 from rqtool.kernels import choose
 from rqtool.kernels.spec import Tables, make_spec
 from rqtool.mapping.plan import Geometry, Plan
@@ -93,12 +94,15 @@ def prepare(
     preprocess: Preprocess | dict[str, Any] | None,
     input_shape: tuple[int, ...] | None,
     progress: Any,
+    alarms: Alarms,
 ) -> Job:
     """Read and capture the model, read the data, and split it; raises InputError where they do not fit together."""
     with progress.stage("reading", 2) as done:
         data = read_data(data, unsplit="train")
         if data.train is None:
             raise InputError(f"{escaped(data.name)}: has no training images to calibrate on; give a data set with a training part (x_train, y_train)")
+        for sentence in data.notes:
+            alarms.say(sentence)
         done()
         network, data = fit(load_model(model, arch), data, input_shape)
         done()

@@ -31,6 +31,7 @@ class Tuned:
     roll_backs: int
     layers: list[dict[str, Any]]
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     def _named(self, *names: str) -> dict[str, Any]:
         """These attributes by name."""
@@ -68,7 +69,7 @@ class Quantized(Tuned):
         top1 = self._named("float_top1", "ptq_top1", "tuned_top1", "ideal_top1")
         return {
             "command": "quantize", **self._described(), "metrics": {**top1, "adc_loss": self.loss, **self._named("agreement", "images", "reads_per_mac")},
-            **self._training(), "fully_integer": not self.islands, "islands": list(self.islands), "layers_off_macro": [], **self._named("layers", "seconds"),
+            **self._training(), "warnings": list(self.warnings), "fully_integer": not self.islands, "islands": list(self.islands), "layers_off_macro": [], **self._named("layers", "seconds"),
         }  # fmt: skip
 
 
@@ -84,7 +85,7 @@ class Trained(Tuned):
     def to_json(self) -> dict[str, Any]:
         history = [recipe.to_dict() for recipe in self.history]
         metrics = self._named("before_top1", "tuned_top1", "agreement", "images")
-        about = {**self._training(), **self._named("layers", "seconds")}
+        about = {**self._training(), "warnings": list(self.warnings), **self._named("layers", "seconds")}
         return {"command": "train", "source": self.source, **self._described(), "history": history, "metrics": metrics, **about}
 
 

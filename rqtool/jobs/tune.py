@@ -14,6 +14,7 @@ from rqtool import checkpoint
 from rqtool.checkpoint import Checkpoint
 from rqtool.errors import ConfigError, InputError, escaped
 from rqtool.hardware.macro import Macro
+from rqtool.jobs.alarms import Alarms
 from rqtool.jobs.prepare import Silent, check_augment, fitting_images, prepare, read_data, ready_kernels, sample, split
 from rqtool.jobs.results import Quantized, Trained
 from rqtool.model.data import Data, Preprocess
@@ -63,7 +64,8 @@ def quantize(
     started, macro, recipe, progress = time.monotonic(), macro or Macro(), recipe or Recipe(), progress or Silent()
     if out is not None:
         check_writable(out, force)
-    job = prepare(model, data, arch, recipe, preprocess, input_shape, progress)
+    alarms = Alarms(progress)
+    job = prepare(model, data, arch, recipe, preprocess, input_shape, progress, alarms)
     plans(job.network.graph, macro)  # what the macro cannot hold is refused before any work
     ready_kernels(progress, training=recipe.epochs + recipe.ideal_epochs > 0)
     with progress.stage("float model", 1) as done:
@@ -77,7 +79,7 @@ def quantize(
     if run.best is not best:  # else nothing better was found, and that is measured already
         measured = _measured(network, macro, job, progress, "integer program")
     ideal_top1 = _twin(stages, measured.top1) if twin else None
-    figures = _figures(stages, network, run, measured, out, started)
+    figures = _figures(stages, network, run, measured, out, started, alarms)
     result = Quantized(**figures, float_top1=float_top1, ptq_top1=ptq_top1, ideal_top1=ideal_top1)
     _save(result, network, measured, job, force)
     return result
@@ -99,6 +101,7 @@ def train_more(
     change, and there is no teacher. state: as in `quantize`. Raises RqError's kinds.
     """
     started, progress = time.monotonic(), progress or Silent()
+    alarms = Alarms(progress)
     if out is not None:
         check_writable(out, force)
     saved = checkpoint.load(source)
@@ -113,7 +116,7 @@ def train_more(
     best = consider_norms("as before", network, job.train, job.held, recipe, None)
     run = stages.tuned(network, best, recipe, None, MAIN)
     measured = _measured(network, saved.macro, job, progress, "integer program")
-    result = Trained(**_figures(stages, network, run, measured, out, started), source=str(source), history=history, before_top1=before)
+    result = Trained(**_figures(stages, network, run, measured, out, started, alarms), source=str(source), history=history, before_top1=before)
     _save(result, network, measured, job, force)
     return result
 
@@ -173,14 +176,14 @@ def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str
     return Measured(program, numbers, peaks, found, percent(found == job.test.images.y))
 
 
-def _figures(stages: Stages, network: Network, run: Run, measured: Measured, out: str | Path | None, started: float) -> dict[str, Any]:
+def _figures(stages: Stages, network: Network, run: Run, measured: Measured, out: str | Path | None, started: float, alarms: Alarms) -> dict[str, Any]:
     """The fields of `Tuned`, by name."""
     job = stages.job
     agreement = percent(measured.found == real_predictions(Served(network, measured.numbers), job.test.images))
     return {
         "out": None if out is None else str(out), "macro": stages.macro, "recipe": stages.recipe, "tuned_top1": measured.top1, "agreement": agreement,
         "images": len(job.test), "measured_on": job.measured_on, "train_images": len(job.train), "held_out_images": len(job.held), "chosen": run.best.name,
-        "roll_backs": run.roll_backs, "layers": layer_table(network, sample(network, job.train)), "seconds": round(time.monotonic() - started, 1),
+        "roll_backs": run.roll_backs, "layers": layer_table(network, sample(network, job.train)), "seconds": round(time.monotonic() - started, 1), "warnings": tuple(alarms.sentences),
     }  # fmt: skip
 
 

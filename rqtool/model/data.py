@@ -79,12 +79,16 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A data set: what to train on, what to measure on, and how many classes there are. One of the two may be None."""
+    """A data set: what to train on, what to measure on, and how many classes there are. One of the two may be None.
+
+    notes: what of the source was not read or read in a way that a user may not expect, a sentence each.
+    """
 
     name: str
     train: Images | None
     test: Images | None
     classes: int
+    notes: tuple[str, ...] = ()
 
 
 def load_data(source: str, unsplit: str = "test") -> Data:

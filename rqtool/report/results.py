@@ -49,7 +49,12 @@ def _closing(data: Data) -> list[tuple[str, str]]:
         *_how(data),
         ("file", data["out"] or "not saved"),
         ("seconds", number(data["seconds"])),
+        *_warnings(data),
     ]
+
+
+def _warnings(data: Data) -> list[tuple[str, str]]:
+    return [("warning", sentence) for sentence in data["warnings"]]
 
 
 def trained(data: Data, width: int | None = None) -> str:
@@ -58,7 +63,7 @@ def trained(data: Data, width: int | None = None) -> str:
     rows = [("before", number(m["before_top1"])), ("after", number(m["tuned_top1"]))]
     figures = table([f"top-1 on {m['images']} {data['measured_on']} images", "%"], rows, width)
     before = sum(recipe["epochs"] + recipe["ideal_epochs"] for recipe in data["history"])
-    closing = [("trained before", _epochs(before)), *_how(data), ("file", data["out"] or "not saved"), ("seconds", number(data["seconds"]))]
+    closing = [("trained before", _epochs(before)), *_how(data), ("file", data["out"] or "not saved"), ("seconds", number(data["seconds"])), *_warnings(data)]
     return paragraphs(pairs([("macro", _macro(data))], width), figures, _layers(data, width), pairs(closing, width))
 
 
