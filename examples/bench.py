@@ -244,7 +244,7 @@ class Resnet:
         self.x, self.labels = feed.real(slice(None)), feed.labels(slice(None))
         self.macro, self.network = macro, capture(resnet20().eval(), (3, 32, 32))
         self.rewritten = rewrite(self.network, macro)
-        calibrate(self.rewritten, self.x)
+        calibrate(self.rewritten, self.x, self.network)
 
     def runner(self) -> Callable[[], object]:
         program = freeze(self.rewritten, self.macro, peaks_of(self.rewritten, [self.x]), self.norm, True)

@@ -26,6 +26,7 @@ from rqtool.program.ir import Program
 from rqtool.program.prove import Broken, geometry, prove, wholes
 from rqtool.storage import load_tensors, save_tensors
 from rqtool.train.layers import ReadLayer
+from rqtool.train.rewrite import column_norm
 
 
 @dataclass
@@ -102,7 +103,7 @@ def _check_network(graph: Graph, program: Program) -> None:
 
 def build_network(graph: Graph, macro: Macro, state: dict[str, torch.Tensor]) -> Network:
     """A network of ReadLayers and batch norms with the given state (names as in `Network.state_dict`)."""
-    network = Network(graph, {n.name: _module(n, macro, state) for n in graph.nodes if n.module})
+    network = Network(graph, {n.name: _module(graph, n, macro, state) for n in graph.nodes if n.module})
     network.load_state_dict({k: v for k, v in state.items() if not macro.ideal or not _of_adc(k)})
     return network.eval()
 
@@ -116,11 +117,12 @@ def _of_adc(name: str) -> bool:
     return len(path) == 3 and path[-1] in ADC_STATE
 
 
-def _module(node: Node, macro: Macro, state: dict[str, torch.Tensor]) -> nn.Module:
+def _module(graph: Graph, node: Node, macro: Macro, state: dict[str, torch.Tensor]) -> nn.Module:
     prefix = f"layers.{node.module.replace('.', '/')}."
     if node.op == "batch_norm":
         rank = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d}[len(node.shape)]
         return rank(node.attrs["features"], eps=node.attrs["eps"], momentum=node.attrs["momentum"], affine=prefix + "weight" in state)
     plan = Plan.make(node.name, Geometry.from_dict(node.attrs["geometry"]), macro)
     weight, bias = (state.get(prefix + role) for role in ("weight", "bias"))
-    return ReadLayer(plan, nn.Parameter(weight), None if bias is None else nn.Parameter(bias))
+    norm = column_norm(graph, node.name) if prefix + "norm.weight" in state else None  # an older file's layers have none
+    return ReadLayer(plan, nn.Parameter(weight), None if bias is None else nn.Parameter(bias), norm)

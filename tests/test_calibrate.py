@@ -19,7 +19,7 @@ from rqtool.mapping.plan import FREE_LEVEL_PEAK, Geometry, Plan
 from rqtool.mapping.planes import extract
 from rqtool.model.capture import capture
 from rqtool.program import golden
-from rqtool.train.calibrate import STEPS, batch_statistics, calibrate, norms, optimal_column_levels, optimal_levels, optimal_uniform, reestimate_norms, set_adc
+from rqtool.train.calibrate import STEPS, calibrate, norms, optimal_column_levels, optimal_levels, optimal_uniform, reestimate_norms, set_adc
 from rqtool.train.histogram import partial_sum_histogram
 from rqtool.train.layers import ReadLayer, group_shape, level_units
 from rqtool.train.rewrite import read_layers, rewrite
@@ -300,7 +300,7 @@ def test_every_range_gives_every_layer_its_steps(granularity):
     for macro in (Macro(granularity=granularity), Macro(granularity=granularity, range="full"), Macro(granularity=granularity, range="fixed", step=21.5)):
         network = small_network(macro)
         seen = []
-        calibrate(network, x, lambda: seen.append(1))
+        calibrate(network, x, small_model(), lambda: seen.append(1))
         assert len(seen) == 3
         for layer in read_layers(network).values():
             step = layer.log_step.detach().exp()
@@ -313,13 +313,12 @@ def test_every_range_gives_every_layer_its_steps(granularity):
 def test_a_layer_is_calibrated_on_what_calibrated_layers_before_it_give():
     network = small_network(Macro())
     x = torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(1))
-    calibrate(network, x)
+    calibrate(network, x, small_model())
     seen = {}
     layers = read_layers(network)
     for name, layer in layers.items():
         layer.watch = lambda layer, codes, weight, name=name: seen.update({name: (codes, weight)})
-    with batch_statistics(network):
-        network(x)
+    network.eval()(x)
     for name, (codes, weight) in seen.items():
         steps, zero = optimal_uniform(partial_sum_histogram(codes, weight, layers[name].plan), Macro())
         assert layers[name].zero.item() == zero
@@ -354,8 +353,8 @@ def test_set_adc_on_free_levels_with_a_step_for_each_column():
 def test_batch_norm_is_the_average_over_batches():
     network = small_network(Macro())
     batches = [torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(n)) for n in range(3)]
-    calibrate(network, batches[0])
-    (norm,) = norms(network)
+    calibrate(network, batches[0], small_model())
+    norm = network.layer("1")
     momentum = norm.momentum
     reestimate_norms(network, batches)
     outputs = []
@@ -370,9 +369,10 @@ def test_batch_norm_is_the_average_over_batches():
 
 def test_a_last_batch_of_one_image_has_no_statistics_and_is_left_out():
     torch.manual_seed(0)
-    network = rewrite(capture(nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)), (3, 2, 2)), Macro())
+    floating = capture(nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)), (3, 2, 2))
+    network = rewrite(floating, Macro())
     x = torch.randn(9, 3, 2, 2)
-    calibrate(network, x)
+    calibrate(network, x, floating)
     reestimate_norms(network, [x[:8]])
     expected = norms(network)[0].running_mean.clone()
     reestimate_norms(network, [x[:8], x[8:]])

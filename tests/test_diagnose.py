@@ -50,8 +50,9 @@ def inputs(count: int = 12) -> torch.Tensor:
 
 
 def calibrated(macro: Macro):
-    network = rewrite(capture(net(), (1, 6, 6)), macro)
-    calibrate(network, inputs())
+    floating = capture(net(), (1, 6, 6))
+    network = rewrite(floating, macro)
+    calibrate(network, inputs(), floating)
     return network.eval()
 
 

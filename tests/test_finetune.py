@@ -58,7 +58,7 @@ def float_network() -> Network:
 @cache
 def calibrated(macro: Macro) -> Network:
     network = rewrite(float_network(), macro)
-    calibrate(network, TRAIN.real(slice(0, 64)))
+    calibrate(network, TRAIN.real(slice(0, 64)), float_network())
     return network
 
 
@@ -326,7 +326,7 @@ def test_a_feed_hands_out_real_values_and_labels():
     assert len(feed) == 3
     assert feed.real(slice(0, 1)).tolist() == [[[[0.5, 2.5]], [[19.0, 29.0]]]]
     assert feed.labels(np.array([0, 2])).tolist() == [4, 6]
-    assert [len(x) for x in feed.batches(2)] == [2, 1] and [len(x) for x in feed.batches(2, 2)] == [2]
+    assert [len(x) for x in feed.batches(2)] == [2, 1] and [len(x) for x in feed.sampled(2, 2)] == [2]
     assert fitting([(10,)], 250) == 250 and fitting([(1 << 26,)], 250) == 2
 
 

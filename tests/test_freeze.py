@@ -71,9 +71,9 @@ def prepared(network: Network, macro: Macro, shape: tuple[int, ...], whole: bool
     if pixels is None:
         pixels = rng.integers(0, 256, (IMAGES, *shape)).astype(np.uint8) if whole else rng.normal(0, 1, (IMAGES, *shape)).astype(np.float32)
     feed = Feed(Images(pixels, np.zeros(len(pixels), np.int64)), mult, add)
-    network = rewrite(network, macro)
+    floating, network = network, rewrite(network, macro)
     batch = feed.real(slice(0, IMAGES // 2))
-    calibrate(network, batch)
+    calibrate(network, batch, floating)
     network.eval()
     return Prepared(network, feed, peaks_of(network, [batch]), Norm(mult, add))
 

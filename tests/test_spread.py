@@ -139,7 +139,7 @@ def small_model():
 def test_calibration_chooses_the_order_and_a_state_keeps_it(small_model):
     network, again = (rewrite(small_model, Macro(pack="spread")) for _ in range(2))
     x = torch.rand(50, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-    calibrate(network, x)
+    calibrate(network, x, small_model)
     orders = {name: layer.plan.order for name, layer in read_layers(network).items()}
     assert all(sorted(order) == list(range(len(order))) and order != tuple(range(len(order))) for order in orders.values())
     again.load_state_dict(network.state_dict())
@@ -151,7 +151,7 @@ def test_an_ideal_adc_takes_rows_in_order_and_computes_the_same(small_model):
     x = torch.rand(50, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     networks = [rewrite(small_model, Macro(adc_bits=None, pack=pack)) for pack in ("rows", "spread")]
     for network in networks:
-        calibrate(network, x)
+        calibrate(network, x, small_model)
     assert torch.equal(*(network.eval()(x) for network in networks))
     assert all(layer.order.tolist() == list(range(layer.plan.geometry.rows)) for layer in read_layers(networks[1]).values())
 
@@ -162,7 +162,7 @@ def test_the_same_images_give_the_same_order_on_any_number_of_threads(small_mode
     for threads in (1, 2):
         torch.set_num_threads(threads)
         network = rewrite(small_model, Macro(pack="spread"))
-        calibrate(network, x)
+        calibrate(network, x, small_model)
         orders.append([layer.plan.order for layer in read_layers(network).values()])
     torch.set_num_threads(before)
     assert orders[0] == orders[1]

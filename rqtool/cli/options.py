@@ -98,11 +98,12 @@ RECIPE = (
     Flag("hard_share", "X", "Share of the steps, at the end, without noise (default 0.2).", values.number),
     Flag("warmup", "X", "Share of the steps in which the learning rate rises (default 0.05).", values.number),
     Flag("calibration", "KIND", "What a calibrated step is for: least squared error, peak or percentile (default error).", values.as_given),
+    Flag("rounding", "KIND", "Weights rounded for what their columns give (learned), or each to the nearest (default learned).", values.as_given),
     Flag("calibration_images", "N", "Images that set the steps (default 512).", values.whole),
     Flag("norm_images", "N", "Images that re-estimate batch norm (default 2048).", values.whole),
     Flag("held_out", "N", "Training images kept to choose by (default a tenth, 5000 at most).", partial(values.whole, low=1)),
 )
-FIRST_TIME = ("seed", "held_out", "calibration", "calibration_images", "ideal_epochs", "teacher", "distill_weight", "distill_temperature", "match")
+FIRST_TIME = ("seed", "held_out", "calibration", "rounding", "calibration_images", "ideal_epochs", "teacher", "distill_weight", "distill_temperature", "match")
 AGAIN = tuple(replace(f, help=f"{re.split(r'[;(]', f.help)[0].strip()} (default: as before).") for f in RECIPE if f.name not in FIRST_TIME)
 PIXELS = (
     Flag("mean", "X[,X...]", "Subtracted from pixels, one for all channels or one each (default 0).", values.numbers),

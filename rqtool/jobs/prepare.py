@@ -124,8 +124,8 @@ def split(network: Network, data: Data, recipe: Recipe, preprocess: Preprocess) 
 
 
 def sample(network: Network, feed: Feed) -> torch.Tensor:
-    """The first images of a feed, real-valued: those that clip rates are measured on."""
-    return feed.real(slice(fitting_network(network, TABLE_IMAGES)))
+    """Some images of a feed, real-valued: those that clip rates are measured on."""
+    return feed.real(feed.sample(fitting_network(network, TABLE_IMAGES)))
 
 
 def _check_classes(network: Network, data: Data) -> None:

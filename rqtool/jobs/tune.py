@@ -33,7 +33,7 @@ from rqtool.train.state import Runs, about_job, kept_runs
 PEAK_IMAGES, PEAK_BATCH = 512, 128  # images behind the ranges of grids
 STAYS = {
     "seed": "it decides which images are held out", "held_out": "its images have chosen the network",
-    "calibration": "the network is calibrated", "calibration_images": "the network is calibrated", "ideal_epochs": "the network has met its ADC",
+    "calibration": "the network is calibrated", "rounding": "the network is calibrated", "calibration_images": "the network is calibrated", "ideal_epochs": "the network has met its ADC",
     **dict.fromkeys(("teacher", "distill_weight", "distill_temperature", "match"), "a .rq file holds no teacher"),
 }  # fmt: skip
 
@@ -169,7 +169,7 @@ class Measured:
 
 
 def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str) -> Measured:
-    peaks = peaks_of(network, job.train.batches(fitting_network(network, PEAK_BATCH), PEAK_IMAGES))
+    peaks = peaks_of(network, job.train.sampled(fitting_network(network, PEAK_BATCH), PEAK_IMAGES))
     program, numbers = lower(network, macro, peaks, job.pixels, job.whole)
     with progress.stage(name, len(job.test)) as done:
         found = predictions(program, job.test.images, done)

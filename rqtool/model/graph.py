@@ -45,6 +45,9 @@ class Graph:
     output: str
     nodes: tuple[Node, ...]
 
+    def node(self, name: str) -> Node:
+        return next(n for n in self.nodes if n.name == name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.input_shape if name == self.input else next(n.shape for n in self.nodes if n.name == name)
 

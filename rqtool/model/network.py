@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import nn
@@ -128,13 +129,23 @@ class Network(nn.Module):
 
     def forward(self, x: torch.Tensor, watch: Callable[[str, torch.Tensor], None] | None = None) -> torch.Tensor:
         """The output of the last node. watch(name, value) sees every value, the input too."""
-        values = {self.graph.input: x}
         if watch:
             watch(self.graph.input, x)
-        for i, node in enumerate(self.graph.nodes):
-            values[node.name] = self.compute(node, *(values[name] for name in node.inputs))
+
+        def compute(node: Node, *xs: torch.Tensor) -> torch.Tensor:
+            value = self.compute(node, *xs)
             if watch:
-                watch(node.name, values[node.name])
+                watch(node.name, value)
+            return value
+
+        return self.walk(x, compute)
+
+    def walk(self, x: Any, compute: Callable[..., Any]) -> Any:
+        """The output's value, where compute(node, *values of its inputs) gives a node's and x is the input's; each value is kept until its
+        last use."""
+        values = {self.graph.input: x}
+        for i, node in enumerate(self.graph.nodes):
+            values[node.name] = compute(node, *(values[name] for name in node.inputs))
             for name in node.inputs:
                 if self._last_use[name] == i and name != self.graph.output:
                     values.pop(name, None)

@@ -45,9 +45,18 @@ PASSES = ("relu", "clamp", "dropout", "reshape", "permute", "slice", "maxpool") 
 
 
 @dataclass(frozen=True)
+class Norm:
+    """Batch norm as value * mult + add, float64 [C]."""
+
+    mult: np.ndarray
+    add: np.ndarray
+
+
+@dataclass(frozen=True)
 class Frozen:
     """What one layer hands over. weight: int8 [O, C/groups, kh, kw]; zero: the input's zero code; s_x, s_w [O]: scales;
-    unit [O]: partial-sum units per unit of acc; bias [O]; adc, consts: as the program stores them."""
+    unit [O]: partial-sum units per unit of acc; bias [O]; adc, consts: as the program stores them; norm: each column's own multiplier and
+    addend after that, None for none."""
 
     weight: np.ndarray
     zero: int
@@ -57,14 +66,7 @@ class Frozen:
     bias: np.ndarray
     adc: dict[str, Any]
     consts: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Batch norm as value * mult + add, float64 [C]."""
-
-    mult: np.ndarray
-    add: np.ndarray
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -315,7 +317,8 @@ def _conv(f: Freezer, node: Node) -> Formula:
         total = _from_image(f, node, _input_sum(f, node, codes, g, layer.zero, out))
         terms.append(Term(total, _by_column(-scale * f.macro.weight_offset, node), (node.name, 1)))
     offset = layer.bias - scale * layer.zero * layer.weight.reshape(g.columns, -1).sum(1, dtype=np.int64)
-    return Formula(tuple(terms), _by_column(offset, node), node.shape)
+    formula = Formula(tuple(terms), _by_column(offset, node), node.shape)
+    return formula if layer.norm is None else formula.affine(_by_column(layer.norm.mult, node), _by_column(layer.norm.add, node))
 
 
 def _codes(f: Freezer, node: Node) -> Value:

@@ -1,13 +1,15 @@
 """Calibration: scales of inputs and weights, then the ADC's step and zero from the histogram of what it will read. No gradient.
 
-One pass over a batch sets every layer in order, each from inputs that already went through the calibrated layers before it, with
-batch norm on the statistics of that batch.
+One pass over a batch sets every layer in order, each from inputs that already went through the calibrated layers before it. A
+reference network, the float one, goes through the same images beside it: each column's digital multiplier and addend are set so that
+it gives what the reference's column gives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +18,17 @@ from torch import nn
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
 from rqtool.mapping.plan import FREE_LEVEL_PEAK
-from rqtool.model.network import Network
+from rqtool.model.graph import Node
+from rqtool.model.network import Network, from_image, to_image
 from rqtool.train.histogram import partial_sum_histogram
-from rqtool.train.layers import ReadLayer, level_units, nearest_thresholds
+from rqtool.train.layers import ColumnNorm, ReadLayer, level_units, nearest_thresholds
 from rqtool.train.reads import pad_codes
-from rqtool.train.rewrite import read_layers
+from rqtool.train.rounding import fit_weights
 from rqtool.train.spread import spread_order
 
 STEPS = 120  # candidate steps, geometric
 CALIBRATIONS = ("error", "peak", "percentile")
+ROUNDINGS = ("learned", "nearest")
 PERCENTILE = 0.999  # share of the reads, by the magnitude of their partial sums
 LEVEL_BINS = 1024  # a free-level search merges partial sums beyond this many
 ROUNDS = 3  # of finding levels for the units of columns, and units for the levels
@@ -243,43 +247,102 @@ def _set_levels(layer: ReadLayer, histogram: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def _calibrate_layer(layer: ReadLayer, x: torch.Tensor, scales: bool, policy: str) -> None:
-    if scales:
+def _calibrate_layer(layer: ReadLayer, x: torch.Tensor, want: torch.Tensor, about: Calibration) -> None:
+    if about.scales:
         layer.input.calibrate(x)
         layer.weights.calibrate(layer.weight.reshape(layer.plan.geometry.columns, -1))
+    codes = pad_codes(layer.input(x), layer.plan.geometry.padding, int(layer.input.zero))
+    if about.scales and about.rounding == "learned":
+        fit_weights(layer, codes, want)
     if not layer.plan.macro.ideal:
-        codes = pad_codes(layer.input(x), layer.plan.geometry.padding, int(layer.input.zero))
         weight = layer.weight_codes()
         if layer.plan.macro.pack == "spread":
             layer.set_order(spread_order(codes, weight, layer.plan))
-        set_adc(layer, partial_sum_histogram(codes, weight, layer.plan), policy)
+        set_adc(layer, partial_sum_histogram(codes, weight, layer.plan), about.policy)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One walk through a network beside its reference. scales: off where the scales of inputs and weights are learned already, and only the
+    ADCs are to be set. policy: as in `set_adc`; fit: as in `fit_norm`; rounding: of weights, each to the "nearest" whole number, or "learned"
+    for what columns give."""
+
+    network: Network
+    reference: Network
+    scales: bool = True
+    policy: str = "error"
+    fit: str = "least-squares"
+    rounding: str = "learned"
+    done: Callable[[], None] = lambda: None
+
+    def __call__(self, node: Node, *pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the network's value of a node, the reference's) from the pairs of its inputs; what the node holds is set on the way."""
+        want = self.reference.compute(node, *(pair[1] for pair in pairs))
+        ours = [pair[0] for pair in pairs]
+        if node.op == "conv":
+            return self._layer(node, ours[0], want), want
+        if node.op == "batch_norm":
+            fit_norm(self.network.layer(node.module), ours[0], want, self.fit)
+        return self.network.compute(node, *ours), want
+
+    def _layer(self, node: Node, x: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+        layer, kind = self.network.layer(node.name), node.attrs["geometry"]["kind"]
+        image, target = to_image(x, kind), to_image(want, kind)
+        _calibrate_layer(layer, image, target, self)
+        y = layer.columns(image)
+        if layer.norm is not None:
+            fit_norm(layer.norm, y, target, self.fit)
+            y = layer.norm(y / layer.norm.unit.float())
+        self.done()
+        return from_image(y, kind, node.shape)
 
 
 @torch.no_grad()
-def calibrate(network: Network, x: torch.Tensor, done: Callable[[], None] = lambda: None, *, scales: bool = True, policy: str = "error") -> None:
-    """Set every layer's quantisers and ADC from a batch of real-valued inputs x [N, ...]; `done` is called after each layer.
-
-    scales: off where the scales of inputs and weights are learned already, and only the ADCs are to be set. policy: as in `set_adc`.
-    """
-    layers = read_layers(network)
-
-    def one(layer: ReadLayer, value: torch.Tensor) -> None:
-        _calibrate_layer(layer, value, scales, policy)
-        done()
-
-    for layer in layers.values():
-        layer.calibrating = one
-    try:
-        with batch_statistics(network):
-            network(x)
-    finally:
-        for layer in layers.values():
-            layer.calibrating = None
+def calibrate(network: Network, x: torch.Tensor, reference: Network, done: Callable[[], None] = lambda: None, **how: Any) -> None:
+    """Set every layer's quantisers, ADC, multipliers and addends from a batch of real-valued inputs x [N, ...], so that its columns give
+    what those of `reference`, a network of the same graph, give; `done` is called after each layer. how: fields of `Calibration`."""
+    network.eval()
+    reference.eval()
+    network.walk((x, x), Calibration(network, reference, done=done, **how))
 
 
 # -- batch norm ------------------------------------------------------------------------------------------------------
+FITS = ("least-squares", "variance", "as-is")
+
+
+@torch.no_grad()
+def fit_norm(norm: nn.Module, y: torch.Tensor, want: torch.Tensor, fit: str) -> None:
+    """Set batch norm so that its values of y [N, C, ...] come near to `want`, of the same shape, channel by channel.
+
+    Its statistics become those of y; its multiplier and addend make the mean that of `want` and the slope the one of least squared error
+    ("least-squares") or the one that gives `want`'s variance ("variance"). So the function stays the same when statistics are those of
+    a batch, in training. "as-is" changes nothing. Channels of `want` that do not vary in the sample keep their slope.
+    """
+    if fit == "as-is":
+        return
+    y, want = (v.transpose(0, 1).flatten(1) for v in (y, want))
+    (var_y, mean_y), (var_want, mean_want) = (torch.var_mean(v, 1, correction=0) for v in (y, want))
+    covariance = ((y - mean_y.unsqueeze(1)) * (want - mean_want.unsqueeze(1))).mean(1)
+    if isinstance(norm, ColumnNorm):
+        norm.unit.fill_(float(var_y.mean().sqrt()) or 1.0)
+        was = norm.unit.float().expand_as(mean_y)
+    else:
+        was = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    unit = norm.unit.float() if isinstance(norm, ColumnNorm) else 1.0
+    mean, var = mean_y / unit, var_y / unit**2
+    slope = torch.sign(covariance) * torch.sqrt(var_want / var_y) * unit if fit == "variance" else covariance / var_y * unit
+    slope = torch.where((var_want > 0) & (var_y > 0), slope, was)
+    var = torch.where(var > 0, var, torch.ones_like(var))
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(var)
+    norm.weight.copy_(slope * torch.sqrt(var + norm.eps))
+    norm.bias.copy_(mean_want)
+
+
 def norms(network: nn.Module) -> list[nn.Module]:
-    return [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    """Batch norms whose statistics may be measured anew, those of columns among them."""
+    found = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    return [m for m in found if not getattr(m, "static", False)]
 
 
 class batch_statistics:

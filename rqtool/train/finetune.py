@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from rqtool.errors import CheckError, ConfigError, escaped, suggestion
-from rqtool.model.data import Images
+from rqtool.model.data import Images, shuffled
 from rqtool.model.network import Network
 from rqtool.train.augment import AUGMENTS, augmented
-from rqtool.train.calibrate import CALIBRATIONS, reestimate_norms
+from rqtool.train.calibrate import CALIBRATIONS, ROUNDINGS, reestimate_norms
 from rqtool.train.distill import TEACHERS, Teacher
 from rqtool.train.heap import Watched
 from rqtool.train.relax import MODES, Relaxation
@@ -34,7 +34,7 @@ HELD_VALUES = 1 << 26  # numbers in the largest tensor of a batch, where nothing
 ROLL_BACKS = 3  # epochs done again at half the rate, before a run is given up
 GRADIENT_PEAK = 5.0  # the norm to which longer gradients are cut
 
-CHOICES = {"calibration": CALIBRATIONS, "mode": MODES, "zero": ("fixed", "learned"), "teacher": TEACHERS, "augment": AUGMENTS}
+CHOICES = {"calibration": CALIBRATIONS, "rounding": ROUNDINGS, "mode": MODES, "zero": ("fixed", "learned"), "teacher": TEACHERS, "augment": AUGMENTS}
 WHOLE_FIELDS = {"epochs": 0, "ideal_epochs": 0, "batch": 2, "seed": 0, "calibration_images": 2, "norm_images": 2, "held_out": 1}
 TINY, HUGE = 1e-12, 1e12
 REAL_FIELDS = {
@@ -61,6 +61,7 @@ class Recipe:
     hard_share: float = 0.2
     warmup: float = 0.05
     calibration: str = "error"
+    rounding: str = "learned"
     calibration_images: int = 512
     norm_images: int = 2048
     held_out: int | None = None  # None: a tenth of the training images, 5,000 at most
@@ -108,11 +109,27 @@ class Feed:
     def labels(self, index: Any) -> torch.Tensor:
         return torch.from_numpy(np.asarray(self.images.y[index], dtype=np.int64))
 
-    def batches(self, size: int, limit: int | None = None) -> Iterator[torch.Tensor]:
-        """The first `limit` images in order."""
-        count = len(self) if limit is None else min(limit, len(self))
-        for at in range(0, count, size):
-            yield self.real(slice(at, min(at + size, count)))
+    def batches(self, size: int) -> Iterator[torch.Tensor]:
+        """All images in order."""
+        for at in range(0, len(self), size):
+            yield self.real(slice(at, at + size))
+
+    def sample(self, count: int, seed: int = 0) -> np.ndarray:
+        """The numbers int64 of at most `count` images, drawn by seed from all, as many of each class as there are to be had; any first
+        part of them is such a sample, too."""
+        drawn = shuffled(len(self), seed)
+        labels = self.images.y[drawn]
+        by_class = np.argsort(labels, kind="stable")
+        starts = np.searchsorted(labels[by_class], labels[by_class])
+        turn = np.empty(len(drawn), np.int64)  # the how-many-eth of its class an image is
+        turn[by_class] = np.arange(len(drawn)) - starts
+        return drawn[np.argsort(turn, kind="stable")][:count]
+
+    def sampled(self, size: int, count: int, seed: int = 0) -> Iterator[torch.Tensor]:
+        """The images of a sample in batches."""
+        index = self.sample(count, seed)
+        for at in range(0, len(index), size):
+            yield self.real(index[at : at + size])
 
 
 def fitting(shapes: Iterable[tuple[int, ...]], most: int, values: int = HELD_VALUES) -> int:
@@ -189,7 +206,7 @@ def consider_norms(name: str, network: Network, train: Feed, held: Feed, recipe:
     """As `consider`, first as it is and then with batch norm re-estimated; the network is left as it came."""
     best = consider(name, network, held, best)
     state = copy.deepcopy(network.state_dict())
-    reestimate_norms(network, train.batches(fitting_network(network, NORM_BATCH), recipe.norm_images))
+    reestimate_norms(network, train.sampled(fitting_network(network, NORM_BATCH), recipe.norm_images, recipe.seed))
     best = consider(f"{name}, batch norm re-estimated", network, held, best)
     network.load_state_dict(state)
     return best

@@ -26,7 +26,8 @@ def frozen_layer(layer: ReadLayer) -> Frozen:
     if macro.pack == "spread":
         consts["order"] = layer.order.numpy().astype(np.int32)
     bias = np.zeros(g.columns) if layer.bias is None else layer.bias.double().numpy()
-    return Frozen(weight, int(layer.input.zero), float(layer.input.scale), layer.weights.scale.double().numpy(), unit, bias, adc, consts)
+    norm = None if layer.norm is None else norm_of(layer.norm, float(layer.norm.unit))
+    return Frozen(weight, int(layer.input.zero), float(layer.input.scale), layer.weights.scale.double().numpy(), unit, bias, adc, consts, norm)
 
 
 def _adc(layer: ReadLayer, macro: Macro) -> tuple[dict, dict[str, np.ndarray], np.ndarray]:
@@ -41,13 +42,13 @@ def _adc(layer: ReadLayer, macro: Macro) -> tuple[dict, dict[str, np.ndarray], n
 
 
 @torch.no_grad()
-def norm_of(module: nn.Module) -> Norm:
-    """Batch norm in eval mode as mult and add."""
+def norm_of(module: nn.Module, unit: float = 1.0) -> Norm:
+    """Batch norm of values in units of `unit`, in eval mode, as mult and add."""
     mult = 1 / torch.sqrt(module.running_var.double() + module.eps)
     if module.weight is not None:
         mult = mult * module.weight.double()
     add = -module.running_mean.double() * mult + (0 if module.bias is None else module.bias.double())
-    return Norm(mult.numpy(), add.numpy())
+    return Norm((mult / unit).numpy(), add.numpy())
 
 
 @torch.no_grad()

@@ -79,20 +79,38 @@ def adc_numbers(step: torch.Tensor, zero: torch.Tensor, macro: Macro) -> AdcNumb
     return AdcNumbers(mult.long(), zero, gain.long(), unit)
 
 
+class ColumnNorm(nn.BatchNorm2d):
+    """The digital multiplier and addend of each column, as batch norm of outputs [N, O, H, W] in units of `unit`: float64, one for the layer,
+    so that eps is small beside any output. It starts as the identity. static: its statistics stay as calibrated, in training too."""
+
+    def __init__(self, columns: int, static: bool) -> None:
+        super().__init__(columns)
+        self.static = static
+        self.running_var.fill_(1 - self.eps)
+        self.register_buffer("unit", torch.ones((), dtype=torch.float64))
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        if not self.static:
+            return super().forward(y)
+        return F.batch_norm(y, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
 class ReadLayer(nn.Module):
     """A layer on the macro; takes the place of model.network.Conv and has its signature.
+
+    norm: its columns' own digital multiplier and addend, where the network has no batch norm behind the layer; else None.
 
     log_step: of a uniform ADC, the step; of free levels, the ratio of a column's unit to 1 / level_units. thresholds, levels, unit: the
     free levels that are served, unit float64 [1 or O] partial-sum units per unit of a level; they follow what is learned.
     relaxation: noise and slope of the current training step, None for hard codes (`ste`). real_zero: what a learned zero is before it
     is rounded to the code `zero`, which is what is served; it learns where its requires_grad is set. watch(layer, codes, weights) sees the
-    padded input codes and the weights of each call. calibrating: a function that sets quantisers from the input before use. ideal_adc:
+    padded input codes and the weights of each call. ideal_adc:
     the forward pass takes the layer's reads as an ideal ADC would give them, to see what its own one costs.
     """
 
-    def __init__(self, plan: Plan, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def __init__(self, plan: Plan, weight: nn.Parameter, bias: nn.Parameter | None, norm: ColumnNorm | None = None) -> None:
         super().__init__()
-        self.plan, self.weight, self.bias = plan, weight, bias
+        self.plan, self.weight, self.bias, self.norm = plan, weight, bias, norm
         macro, g = plan.macro, plan.geometry
         self.input = InputQuantizer(macro.in_bits)
         self.weights = WeightQuantizer(macro.q_w, g.columns)
@@ -111,7 +129,6 @@ class ReadLayer(nn.Module):
                 self.log_gaps = nn.Parameter(torch.zeros(macro.top, dtype=torch.float64))
         self.relaxation: Relaxation | None = None
         self.watch: Callable | None = None
-        self.calibrating: Callable | None = None
         self.ideal_adc = False
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -204,8 +221,11 @@ class ReadLayer(nn.Module):
     # -- forward -----------------------------------------------------------------------------------------------------
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, O, H_out, W_out] from real-valued [N, C, H, W]."""
-        if self.calibrating:
-            self.calibrating(self, x)
+        y = self.columns(x, 1.0 if self.norm is None else float(self.norm.unit))
+        return y if self.norm is None else self.norm(y)
+
+    def columns(self, x: torch.Tensor, unit: float = 1.0) -> torch.Tensor:
+        """What the columns give before their own multiplier and addend, in units of `unit`."""
         g, macro = self.plan.geometry, self.plan.macro
         codes = pad_codes(self.input(x), g.padding, int(self.input.zero))
         weight = self.weight_codes()
@@ -216,6 +236,8 @@ class ReadLayer(nn.Module):
         offset = -scale * self.input.zero * weight.sum(1)
         if self.bias is not None:
             offset = offset + self.bias
+        if unit != 1:
+            scale, offset = scale / unit, offset / unit
         return scaled(y, scale, offset)
 
     def exact(self, codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

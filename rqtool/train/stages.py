@@ -61,9 +61,11 @@ class Stages:
         if trained is not None:
             network.load_state_dict(network.state_dict() | trained.state_dict())
         if trained is None or not macro.ideal:
-            images = job.train.real(slice(fitting_network(network, self.recipe.calibration_images, CALIBRATION_VALUES)))
+            count = fitting_network(network, self.recipe.calibration_images, CALIBRATION_VALUES)
+            images = job.train.real(job.train.sample(count, self.recipe.seed))
+            reference = job.network if trained is None else trained
             with self.progress.stage(name, len(read_layers(network))) as done:
-                calibrate(network, images, done, scales=trained is None, policy=self.recipe.calibration)
+                calibrate(network, images, reference, done, scales=trained is None, policy=self.recipe.calibration, rounding=self.recipe.rounding)
         best = consider_norms("post-training" if trained is None else IDEAL_STAGE, network, job.train, job.held, self.recipe, None)
         network.load_state_dict(best.state)
         return network, best
