@@ -111,13 +111,16 @@ def test_no_epochs_leave_the_calibrated_network():
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in before.state.items())
 
 
+STATIC = {f"layers.6.norm.{name}" for name in ("unit", "running_mean", "running_var", "num_batches_tracked")}  # of the scores
+
+
 @pytest.mark.parametrize("macro", [FEW_BITS, replace(FEW_BITS, levels="free", granularity="column")], ids=Macro.describe)
 def test_every_parameter_that_can_learn_does(macro):
     network = started(macro)
     start = deepcopy(network.state_dict())
     finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), WORST)
     unchanged = {name for name, value in network.state_dict().items() if torch.equal(value, start[name])}
-    assert unchanged <= {f"layers.{layer}.{role}" for layer in "06" for role in ("zero", "real_zero", "input.zero", "levels", "thresholds")}  # integers need not move
+    assert unchanged <= {f"layers.{layer}.{role}" for layer in "06" for role in ("zero", "real_zero", "input.zero", "levels", "thresholds")} | STATIC  # integers need not move
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -136,9 +139,11 @@ def test_a_zero_learns_where_it_is_asked_to(mode):
 @pytest.mark.parametrize("macro", [replace(FEW_BITS, codebook="sign-magnitude"), replace(FEW_BITS, range="full"), replace(FEW_BITS, levels="free"), FEW_BITS.with_ideal_adc()], ids=Macro.describe)
 def test_a_zero_that_is_nobody_s_choice_stays(macro):
     network = started(macro)
-    finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1, zero="learned"), WORST)
     layers = read_layers(network).values()
-    assert not any(layer.zero_can_move() for layer in layers) and (macro.ideal or all(int(layer.zero) == macro.zero for layer in layers))
+    before = [] if macro.ideal else [int(layer.zero) for layer in layers]
+    finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1, zero="learned"), WORST)
+    assert not any(layer.zero_can_move() for layer in layers)
+    assert before == ([] if macro.ideal else [int(layer.zero) for layer in layers])
 
 
 def same_states(a: Run, b: Run) -> bool:
@@ -212,13 +217,13 @@ def test_the_last_steps_run_without_noise():
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     recipe = Recipe(lr=0.1, warmup=0.2)
-    assert [rate(recipe, p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx([0, 0.05, 0.1, 0.05, 0])
-    assert rate(replace(recipe, warmup=0), 0.0) == 0.1
+    assert [rate(recipe.lr, recipe.warmup, p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx([0, 0.05, 0.1, 0.05, 0])
+    assert rate(0.1, 0, 0.0) == 0.1
 
 
 def test_only_weight_matrices_decay():
     network = started()
-    decayed, others = (group["params"] for group in optimizer(network, RECIPE).param_groups)
+    decayed, others = (group["params"] for group in optimizer(network, RECIPE.weight_decay).param_groups)
     assert {id(p) for p in decayed} == {id(layer.weight) for layer in read_layers(network).values()}
     assert len(decayed) + len(others) == sum(p.requires_grad for p in network.parameters())
 
@@ -232,9 +237,9 @@ class Poisoned(Feed):
         self.poisoned, self.asked = batches, 0
 
     def real(self, index):
-        if not isinstance(index, slice):  # batch norm is measured on slices
-            self.asked += 1
-        return super().real(index) * (float("nan") if self.asked - 1 in self.poisoned and not isinstance(index, slice) else 1)
+        training = not isinstance(index, slice) and len(index) <= RECIPE.batch  # batch norm is measured on more
+        self.asked += training
+        return super().real(index) * (float("nan") if training and self.asked - 1 in self.poisoned else 1)
 
 
 class Rates(torch.optim.AdamW):
@@ -262,9 +267,9 @@ def test_an_epoch_that_diverges_is_done_again_at_half_the_rate(monkeypatch, macr
 
 def test_the_weights_stay_as_they_are_where_the_loss_is_no_number():
     network = started(FEW_BITS.with_ideal_adc())
-    state, optim = deepcopy(network.state_dict()), optimizer(network, RECIPE)
+    state, optim = deepcopy(network.state_dict()), optimizer(network, RECIPE.weight_decay)
     with pytest.raises(FloatingPointError, match="^the loss is not a number$"):
-        module._step(network.train(), optim, lambda: network(torch.full((4, 1, 6, 6), torch.nan)).sum())
+        module.train_step(network.train(), optim, lambda: network(torch.full((4, 1, 6, 6), torch.nan)).sum())
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items() if "running" not in name and "num_batches" not in name)
 
 
@@ -272,7 +277,7 @@ def test_a_gradient_that_is_no_number_makes_no_step():
     network = started(FEW_BITS.with_ideal_adc())
     network.layer("6").weight.register_hook(lambda grad: grad * torch.inf)
     with pytest.raises(FloatingPointError, match="^the gradient is not a number$"):
-        module._step(network.train(), optimizer(network, RECIPE), lambda: network(TRAIN.real(slice(8))).sum())
+        module.train_step(network.train(), optimizer(network, RECIPE.weight_decay), lambda: network(TRAIN.real(slice(8))).sum())
     assert torch.isfinite(network.layer("6").weight).all()
 
 
@@ -358,7 +363,7 @@ WRONG = {
     "--distill-weight must be from 0 to 1, not 1.5": {"distill_weight": 1.5},
     "--distill-temperature must be a positive number, not 0": {"distill_temperature": 0},
     "--match must be a number of at least 0, not -1": {"match": -1, "teacher": "float"},
-    "--match 30 compares with a teacher, but there is none; give --teacher float as well": {"match": 30},
+    "--match 30 compares with a teacher, but there is none; give --teacher float as well": {"match": 30, "teacher": "none"},
     "--mode relax is not known; did you mean 'relaxed'?": {"mode": "relax"},
     "--epochs must be a whole number of at least 0, not -1": {"epochs": -1},
     "--epochs must be a whole number of at least 0, not 1.5": {"epochs": 1.5},
@@ -368,9 +373,9 @@ WRONG = {
     "--calibration-images must be a whole number of at least 2, not 0": {"calibration_images": 0},
     "--norm-images must be a whole number of at least 2, not 1": {"norm_images": 1},
     "--held-out must be a whole number of at least 1, not 0": {"held_out": 0},
-    "--lr must be a positive number, not 0": {"lr": 0},
-    "--lr must be a positive number, not nan": {"lr": float("nan")},
-    "--lr must be a positive number, not fast": {"lr": "fast"},
+    "--lr must be a positive number or auto, not 0": {"lr": 0},
+    "--lr must be a positive number or auto, not nan": {"lr": float("nan")},
+    "--lr must be a positive number or auto, not fast": {"lr": "fast"},
     "--weight-decay must be a number of at least 0, not -0.1": {"weight_decay": -0.1},
     "--tau-start must be a positive number, not 0": {"tau_start": 0},
     "--tau-end must be a positive number, not inf": {"tau_end": float("inf")},

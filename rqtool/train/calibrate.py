@@ -24,6 +24,7 @@ from rqtool.train.histogram import partial_sum_histogram
 from rqtool.train.layers import ColumnNorm, ReadLayer, level_units, nearest_thresholds
 from rqtool.train.reads import pad_codes
 from rqtool.train.rounding import fit_weights
+from rqtool.train.rewrite import own_norm
 from rqtool.train.spread import spread_order
 
 STEPS = 120  # candidate steps, geometric
@@ -343,6 +344,14 @@ def norms(network: nn.Module) -> list[nn.Module]:
     """Batch norms whose statistics may be measured anew, those of columns among them."""
     found = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     return [m for m in found if not getattr(m, "static", False)]
+
+
+@torch.no_grad()
+def take_norms(network: Network, reference: Network) -> None:
+    """Give every batch norm of the graph the numbers that it has in `reference`, a network of the same graph with plain batch norms."""
+    for node in network.graph.nodes:
+        if node.op == "batch_norm":
+            network.set_layer(node.module, own_norm(reference.layer(node.module)))
 
 
 class batch_statistics:

@@ -37,8 +37,9 @@ GRADIENT_PEAK = 5.0  # the norm to which longer gradients are cut
 CHOICES = {"calibration": CALIBRATIONS, "rounding": ROUNDINGS, "mode": MODES, "zero": ("fixed", "learned"), "teacher": TEACHERS, "augment": AUGMENTS}
 WHOLE_FIELDS = {"epochs": 0, "ideal_epochs": 0, "batch": 2, "seed": 0, "calibration_images": 2, "norm_images": 2, "held_out": 1}
 TINY, HUGE = 1e-12, 1e12
+AUTO = "auto"
 REAL_FIELDS = {
-    "lr": (TINY, HUGE, "a positive number"), "weight_decay": (0, HUGE, "a number of at least 0"), "hard_share": (0, 1, "from 0 to 1"),
+    "lr": (TINY, HUGE, "a positive number or auto"), "weight_decay": (0, HUGE, "a number of at least 0"), "hard_share": (0, 1, "from 0 to 1"),
     "tau_start": (TINY, HUGE, "a positive number"), "tau_end": (TINY, HUGE, "a positive number"), "warmup": (0, 0.99, "from 0 to 0.99"),
     "distill_weight": (0, 1, "from 0 to 1"), "distill_temperature": (TINY, HUGE, "a positive number"), "match": (0, HUGE, "a number of at least 0"),
 }  # fmt: skip
@@ -51,7 +52,7 @@ class Recipe:
     epochs: int = 2
     ideal_epochs: int = 0  # epochs with an ideal ADC, before these
     batch: int = 64
-    lr: float = 1e-3
+    lr: float | str = AUTO  # found by short tests (train/rates.py)
     weight_decay: float = 1e-4
     mode: str = "ste"
     zero: str = "fixed"
@@ -65,8 +66,8 @@ class Recipe:
     calibration_images: int = 512
     norm_images: int = 2048
     held_out: int | None = None  # None: a tenth of the training images, 5,000 at most
-    teacher: str = "none"
-    distill_weight: float = 0.5
+    teacher: str = "float"
+    distill_weight: float = 0.9
     distill_temperature: float = 2.0
     match: float = 0.0
     augment: str = "none"
@@ -82,6 +83,8 @@ class Recipe:
                     raise ConfigError(f"--{name.replace('_', '-')} must be a whole number of at least {low}, not {escaped(value)}")
         for name, (low, high, what) in REAL_FIELDS.items():
             value = getattr(self, name)
+            if name == "lr" and value == AUTO:
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and low <= value <= high):
                 raise ConfigError(f"--{name.replace('_', '-')} must be {what}, not {escaped(value)}")
         if self.match and self.teacher == "none":
@@ -167,19 +170,19 @@ def temperature(recipe: Recipe, progress: float) -> float | None:
     return recipe.tau_start * (recipe.tau_end / recipe.tau_start) ** (progress / soft)
 
 
-def rate(recipe: Recipe, progress: float) -> float:
-    """Learning rate: linear warm-up, then a cosine to zero."""
-    if progress < recipe.warmup:
-        return recipe.lr * progress / recipe.warmup
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (progress - recipe.warmup) / (1 - recipe.warmup)))
+def rate(peak: float, warmup: float, progress: float) -> float:
+    """Learning rate: linear warm-up to `peak` in a share of the steps, then a cosine to zero."""
+    if progress < warmup:
+        return peak * progress / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; only weight matrices decay, for scales and batch norm have no reason to shrink."""
+def optimizer(network: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW at rate 0, for every step sets its own; only weight matrices decay, for scales and batch norm have no reason to shrink."""
     decayed = [p for p in network.parameters() if p.requires_grad and p.dim() > 1 and p.dtype == torch.float32]
     ids = {id(p) for p in decayed}
     others = [p for p in network.parameters() if p.requires_grad and id(p) not in ids]
-    return torch.optim.AdamW([{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}], lr=recipe.lr)
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}], lr=0.0)
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,7 @@ def finetune(
     for layer in read_layers(network).values():
         if layer.zero_can_move():
             layer.real_zero.requires_grad_(recipe.zero == "learned")
-    optim = optimizer(network, recipe)
+    optim = optimizer(network, recipe.weight_decay)
     run = start or _run(0, 0, best, network, optim)
     while run.epoch < recipe.epochs:
         _restore(run, network, optim)
@@ -268,7 +271,7 @@ def _epoch(
         x, labels = augmented(train.real(index), recipe.augment, (recipe.seed, step)), train.labels(index)
         loss = partial(teacher.lesson, index=index, remaining=1 - step / total) if teacher else untaught
         try:
-            step_done(_step(network, optim, partial(loss, network, x, labels)))
+            step_done(train_step(network, optim, partial(loss, network, x, labels)))
             process.step_done()
         except FloatingPointError as e:
             raise CheckError(f"{e} after {step} of {total} steps; lower --lr {recipe.lr:g}, or check the model's weights and the images") from e
@@ -319,7 +322,7 @@ def steps_per_epoch(images: int, recipe: Recipe) -> int:
 
 def _prepare(network: Network, optim: torch.optim.Optimizer, recipe: Recipe, step: int, total: int, share: float) -> None:
     for group in optim.param_groups:
-        group["lr"] = share * rate(recipe, step / total)
+        group["lr"] = share * rate(recipe.lr, recipe.warmup, step / total)
     tau = temperature(recipe, step / total)
     for n, layer in enumerate(read_layers(network).values()):
         layer.relaxation = None if tau is None else Relaxation(tau, (recipe.seed * 1_000_003 + step) * 1024 + n, recipe.mode)
@@ -335,7 +338,7 @@ def untaught(network: Network, x: torch.Tensor, labels: torch.Tensor) -> torch.T
     return F.cross_entropy(network(x), labels)
 
 
-def _step(network: Network, optim: torch.optim.Optimizer, loss_of: Callable[[], torch.Tensor]) -> float:
+def train_step(network: Network, optim: torch.optim.Optimizer, loss_of: Callable[[], torch.Tensor]) -> float:
     """The loss of a batch, loss_of(), before the step it makes. Raises FloatingPointError, and makes no step, where loss or gradient is no
     number."""
     optim.zero_grad(set_to_none=True)

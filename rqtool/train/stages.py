@@ -18,9 +18,10 @@ from rqtool.hardware.macro import Macro
 from rqtool.model.data import Preprocess
 from rqtool.model.network import Network
 from rqtool.program.freeze import Norm
-from rqtool.train.calibrate import calibrate
+from rqtool.train.calibrate import calibrate, take_norms
 from rqtool.train.distill import Teacher
-from rqtool.train.finetune import EVAL_BATCH, Candidate, Feed, Recipe, Run, consider_norms, finetune, fitting_network, steps_per_epoch
+from rqtool.train.finetune import AUTO, EVAL_BATCH, Candidate, Feed, Recipe, Run, consider, consider_norms, finetune, fitting_network, steps_per_epoch
+from rqtool.train.rates import RATES, find_rate
 from rqtool.train.rewrite import read_layers, rewrite
 from rqtool.train.state import Runs
 
@@ -54,6 +55,7 @@ class Stages:
     recipe: Recipe
     progress: Any
     runs: Runs = field(default_factory=Runs)
+    rates: dict[str, float] = field(default_factory=dict)
 
     def calibrated(self, macro: Macro, name: str, trained: Network | None = None) -> tuple[Network, Candidate]:
         """(a network for `macro` in its chosen state, that state): from the float network, or with the weights and scales of `trained`."""
@@ -66,7 +68,11 @@ class Stages:
             reference = job.network if trained is None else trained
             with self.progress.stage(name, len(read_layers(network))) as done:
                 calibrate(network, images, reference, done, scales=trained is None, policy=self.recipe.calibration, rounding=self.recipe.rounding)
-        best = consider_norms("post-training" if trained is None else IDEAL_STAGE, network, job.train, job.held, self.recipe, None)
+        title = "post-training" if trained is None else IDEAL_STAGE
+        best = consider_norms(title, network, job.train, job.held, self.recipe, None)
+        if trained is None and any(node.op == "batch_norm" for node in network.graph.nodes):
+            take_norms(network, job.network)
+            best = consider(f"{title}, batch norm of the float model", network, job.held, best)
         network.load_state_dict(best.state)
         return network, best
 
@@ -75,12 +81,20 @@ class Stages:
         feeds, per_epoch, start = (self.job.train, self.job.held), steps_per_epoch(len(self.job.train), recipe), self.runs.runs.get(name)
         if not recipe.epochs:
             return finetune(network, *feeds, recipe, best)
+        recipe = replace(recipe, lr=self.rate(network, recipe, teacher, name))
         with self.progress.stage(name, recipe.epochs * per_epoch) as done:
             if start is not None:
                 done(start.epoch * per_epoch, f"{start.epoch} epochs were done before")
             return finetune(
                 network, *feeds, recipe, best, lambda loss: done(1, f"loss {loss:.3f}"), teacher=teacher, start=start, epoch_done=partial(self.runs.keep, name)
             )
+
+    def rate(self, network: Network, recipe: Recipe, teacher: Teacher | None, name: str) -> float:
+        """The learning rate of a stage: the one asked for, or found; kept in `rates`."""
+        if recipe.lr == AUTO and name not in self.rates:
+            with self.progress.stage(f"{name}: learning rate", len(RATES)) as done:
+                self.rates[name] = find_rate(network, self.job.train, recipe, teacher, done)
+        return self.rates[name] if recipe.lr == AUTO else recipe.lr
 
     def taught_by(self, network: Network) -> Teacher:
         """A teacher that is asked once for each image, unless every epoch moves them, there are too many to keep, or more than its scores is

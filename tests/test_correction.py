@@ -1,0 +1,192 @@
+"""What calibration makes good: columns give what the float network's give, whatever the network, its norms and the order of its data."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import rqtool
+from rqtool.mapping.plan import Geometry
+from rqtool.model.capture import capture
+from rqtool.model.data import Data, Images
+from rqtool.train.calibrate import calibrate, fit_norm
+from rqtool.train.finetune import Feed, Recipe
+from rqtool.train.layers import ColumnNorm
+from rqtool.train.rewrite import read_layers, rewrite
+from rqtool.train.rounding import Moments, moments, rounded
+
+EIGHT = rqtool.Macro(in_bits=8, w_bits=8, adc_bits=None)
+
+
+# -- one norm ------------------------------------------------------------------------------------------------------------
+def test_a_norm_fitted_by_hand():
+    """y = 0, 2, 4, 6 (mean 3, variance 5); want = 10, 13, 17, 20 (mean 15, variance 14.5): slope 8.5 / 5 = 1.7, or sqrt(14.5 / 5) = 1.703."""
+    y, want = torch.tensor([0.0, 2, 4, 6]).view(4, 1, 1, 1), torch.tensor([10.0, 13, 17, 20]).view(4, 1, 1, 1)
+    for fit, slope in (("least-squares", 1.7), ("variance", 2.9**0.5)):
+        norm = nn.BatchNorm2d(1).eval()
+        fit_norm(norm, y, want, fit)
+        assert norm(y).flatten().tolist() == pytest.approx([15 - 3 * slope, 15 - slope, 15 + slope, 15 + 3 * slope], abs=1e-5)
+        assert (norm.running_mean.item(), norm.running_var.item(), norm.bias.item()) == (3, 5, 15)
+
+
+def test_a_channel_that_does_not_vary_keeps_its_slope():
+    y = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]]).view(3, 2, 1, 1)
+    norm = ColumnNorm(2, static=False).eval()
+    fit_norm(norm, y, torch.full_like(y, 7.0), "least-squares")
+    assert norm(y / norm.unit.float())[:, 0].flatten().tolist() == pytest.approx([5, 7, 9], abs=1e-5)
+    assert norm(y / norm.unit.float())[:, 1].flatten().tolist() == [7, 7, 7]
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1e-6, 1.0, 1e6]))
+@settings(max_examples=30, deadline=None)
+def test_a_column_s_unit_makes_any_scale_alike(seed, size):
+    """eps is small beside outputs of any size."""
+    torch.manual_seed(seed)
+    y = size * (torch.randn(50, 3, 2, 2) + torch.randn(3, 1, 1))
+    norm = ColumnNorm(3, static=False).eval()
+    fit_norm(norm, y, y, "least-squares")
+    assert torch.allclose(norm(y / norm.unit.float()), y, rtol=1e-4, atol=1e-4 * size)
+
+
+def test_a_norm_gives_the_same_in_training_on_the_images_it_was_fitted_to():
+    """Batch statistics instead of the kept ones do not change the function, so the float model's are not lost when training begins."""
+    torch.manual_seed(0)
+    y, want = torch.randn(64, 4, 3, 3), torch.randn(64, 4, 3, 3)
+    norm = nn.BatchNorm2d(4)
+    fit_norm(norm.eval(), y, 0.3 * want + y, "least-squares")
+    assert torch.allclose(deepcopy(norm).train()(y), norm.eval()(y), atol=1e-5)
+
+
+# -- weights -------------------------------------------------------------------------------------------------------------
+def test_weights_are_rounded_for_their_sum():
+    """Two inputs that are always equal: .5 + .5 is one whole weight, not two that were rounded up."""
+    gram = torch.ones(1, 2, 2, dtype=torch.float64)
+    weight = torch.tensor([[[0.5, 1.0], [0.5, -3.0]]], dtype=torch.float64)
+    whole, scale = rounded(Moments(gram, gram @ weight), weight, 3)
+    assert (whole * scale).sum(1).flatten().tolist() == pytest.approx([1, -2], abs=0.05)
+
+
+def test_moments_are_those_of_all_positions():
+    torch.manual_seed(0)
+    g = Geometry(4, 6, kernel=(3, 3), stride=(2, 1), groups=2)
+    x, y = torch.randint(0, 16, (10, 4, 7, 6)).float(), torch.randn(10, 6, 3, 4)
+    found = moments(x, y, g, slice(None))
+    u = nn.functional.unfold(x, (3, 3), stride=(2, 1)).view(10, 2, 18, 12).permute(1, 2, 0, 3).reshape(2, 18, -1).double()
+    v = y.view(10, 2, 3, 12).permute(1, 2, 0, 3).reshape(2, 3, -1).double()
+    u, v = u - u.mean(2, keepdim=True), v - v.mean(2, keepdim=True)
+    assert torch.allclose(found.gram, u @ u.transpose(1, 2) / 120, atol=1e-4)
+    assert torch.allclose(found.cross, u @ v.transpose(1, 2) / 120, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [9, 3000])
+@torch.no_grad()
+def test_rounded_weights_are_whole_and_give_a_better_output(rows):
+    """Also where there are too many rows to round them together."""
+    torch.manual_seed(0)
+    network = capture(nn.Sequential(nn.Flatten(), nn.Linear(rows, 4)), (1, 1, rows))
+    x = torch.rand(300, 1, 1, rows) @ torch.eye(rows).roll(1, 0).add(torch.eye(rows)) / 2
+    errors = {}
+    for rounding in ("nearest", "learned"):
+        ours = rewrite(network, rqtool.Macro(adc_bits=None, w_bits=3, in_bits=8))
+        calibrate(ours, x, network, rounding=rounding)
+        codes = read_layers(ours)["1"].weight_codes()
+        assert torch.equal(codes, codes.round()) and codes.abs().max() <= 3
+        errors[rounding] = float((ours.eval()(x) - network.eval()(x)).square().mean())
+    assert errors["learned"] < errors["nearest"]
+
+
+# -- networks ------------------------------------------------------------------------------------------------------------
+def lights(y: np.ndarray, seed: int) -> Images:
+    """Class 0: brightness 60 to 85, class 1: 95 to 120."""
+    g = np.random.default_rng(seed)
+    level = np.where(y == 0, g.integers(60, 86, len(y)), g.integers(95, 121, len(y)))
+    return Images((level[:, None, None, None] + g.integers(-4, 5, (len(y), 1, 8, 8))).astype(np.uint8), y.astype(np.int64))
+
+
+def brightness() -> nn.Module:
+    """Batch norm centred on 90, and its sign: every exact 8-bit version names 100 % rightly."""
+    m = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 2)).eval()
+    with torch.no_grad():
+        m[0].weight.fill_(1)
+        m[0].bias.zero_()
+        m[1].running_mean.fill_(90 / 255)
+        m[1].running_var.fill_((20 / 255) ** 2)
+        m[3].weight[0], m[3].weight[1] = -1 / 64, 1 / 64
+        m[3].bias.zero_()
+    return m
+
+
+TEST = lights(np.arange(400) % 2, 1)
+
+
+def test_the_float_model_s_statistics_are_not_thrown_away():
+    train = lights((np.arange(400) % 10 != 0) * 1, 0)
+    result = rqtool.quantize(brightness(), Data("few", train, TEST, 2), EIGHT, recipe=Recipe(epochs=0), twin=False)
+    assert (result.float_top1, result.tuned_top1) == (100, 100)
+
+
+def test_sorted_images_are_as_good_as_shuffled_ones():
+    train = lights(np.arange(6000) % 2, 0)
+    for part in (train, train[np.argsort(train.y, kind="stable")]):
+        result = rqtool.quantize(brightness(), Data("some", part, TEST, 2), EIGHT, recipe=Recipe(epochs=0, held_out=200), twin=False)
+        assert (result.float_top1, result.tuned_top1) == (100, 100)
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(1, 30), min_size=2, max_size=5), st.integers(1, 60))
+@settings(max_examples=50, deadline=None)
+def test_a_sample_is_drawn_from_all_images_and_is_even_over_classes(seed, counts, count):
+    """No class is more than one image ahead of another that still has some; no image comes twice; a seed draws the same; a part is a start."""
+    y = np.repeat(np.arange(len(counts)), counts)
+    feed = Feed(Images(np.zeros((len(y), 1), np.uint8), y), np.ones(1), np.zeros(1))
+    drawn = feed.sample(count, seed)
+    assert len(drawn) == len(set(drawn)) == min(count, len(y))
+    assert np.array_equal(drawn, feed.sample(count, seed)) and np.array_equal(drawn[:5], feed.sample(min(5, count), seed))
+    found = np.bincount(y[drawn], minlength=len(counts))
+    open_classes = [n for n, most in zip(found, counts) if n < most]
+    assert not open_classes or max(found) - min(open_classes) <= 1
+
+
+def test_the_order_of_the_data_does_not_choose_the_sample():
+    """Sorted by class or not: each class is drawn from end to end."""
+    y = np.repeat(np.arange(4), 500)
+    feed = Feed(Images(np.zeros((2000, 1), np.uint8), y), np.ones(1), np.zeros(1))
+    places = feed.sample(400, 3) % 500
+    assert 200 < places.mean() < 300 and places.min() < 25 and places.max() > 475
+
+
+# -- batch norm folded away ------------------------------------------------------------------------------------------------
+def block(channels: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.BatchNorm2d(channels), nn.ReLU())
+
+
+@torch.no_grad()
+def test_a_network_with_its_batch_norm_folded_is_as_near_to_float():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *block(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), *block(8), nn.Flatten(), nn.Linear(8 * 64, 5))
+    for m in model:
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.2, 2)
+            nn.init.normal_(m.bias, 0, 0.3)
+    x = torch.rand(200, 1, 10, 10)
+    model.train()(x)
+    model.eval()
+    folded = nn.utils.fusion.fuse_conv_bn_eval
+    parts, at = [], 0
+    while at < len(model):
+        pair = isinstance(model[at], nn.Conv2d)
+        parts.append(folded(model[at], model[at + 1]) if pair else model[at])
+        at += 1 + pair
+    errors = []
+    for version in (model, nn.Sequential(*parts)):
+        network = capture(version, (1, 10, 10))
+        ours = rewrite(network, rqtool.Macro())
+        calibrate(ours, x, network)
+        want = network.eval()(x)
+        errors.append(float((ours.eval()(x) - want).square().mean() / want.var()))
+    assert errors[1] < 1.25 * errors[0]
