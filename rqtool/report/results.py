@@ -11,9 +11,9 @@ from rqtool.report.text import number, pairs, paragraphs, table
 
 Data = dict[str, Any]
 PLAN_HEADERS = ("layer", "kind", "kernel", "rows", "columns", "tiles", "planes", "p range", "acc bits", "positions", "reads", "reads/MAC", "cycles")
-CHAIN_HEADERS = ("%", "cost", "std. error", "held-out %")
+CHAIN_HEADERS = ("top-1 %", "cost", "std. error", "held-out %")
 CHAIN = {"float": "float model", "ideal ADC": "quantized, ideal ADC", "ADC": "quantized, ADC", "tuned": "fine-tuned", "frozen": "integer program"}
-TWIN_HEADERS = ("integer program", "%", "chosen on held-out images")
+TWIN_HEADERS = ("integer program", "top-1 %", "chosen state")
 DIAGNOSIS_HEADERS = ("layer", "loss alone", "std. error", "regained", "std. error", "clipped %", "SQNR dB", "codes used %", "worst tile")
 INTEGER_HEADERS = ("layer", "rows", "columns", "tiles", "reads/MAC", "step", "zero", "clipped %")
 
@@ -35,7 +35,7 @@ def _chain(data: Data, width: int | None) -> str:
 
 
 def _images(data: Data) -> str:
-    return f"top-1 on {data['metrics']['images']} {data['measured_on']} images"
+    return f"{data['metrics']['images']} {data['measured_on']} images"
 
 
 def _against_the_twin(data: Data, width: int | None) -> str:
@@ -92,7 +92,7 @@ def trained(data: Data, width: int | None = None) -> str:
     """The closing figures of `train`."""
     m = data["metrics"]
     rows = [("before", number(m["before_top1"])), ("after", number(m["tuned_top1"]))]
-    figures = table([_images(data), "%"], rows, width)
+    figures = table([_images(data), "top-1 %"], rows, width)
     before = sum(recipe["epochs"] + recipe["ideal_epochs"] for recipe in data["history"])
     closing = [("gain", _points(m, "gain")), ("trained before", _epochs(before)), *_how(data), ("file", data["out"] or "not saved"), ("seconds", number(data["seconds"])), *_warnings(data)]
     return paragraphs(pairs([("macro", _macro(data))], width), figures, _layers(data, width), pairs(closing, width))
@@ -137,7 +137,7 @@ def diagnosed(data: Data, width: int | None = None) -> str:
     """What `eval --diagnose` found: the layers in network order, and which of them is to blame."""
     same = [number(data[name]) for name in ("adc_loss_same_weights", "adc_loss_same_weights_se")]
     figures = [("all ADCs ideal", number(data["ideal_top1"]), "-", "-"), ("all ADCs real", number(data["real_top1"]), *same)]
-    accuracies = table([f"network on {data['images']} {data['measured_on']} images, same weights", "top-1 %", "cost", "std. error"], figures, width)
+    accuracies = table([f"{data['images']} {data['measured_on']} images", "top-1 %", "cost, same weights", "std. error"], figures, width)
     plots = [("plots", ", ".join(data["plots"]))] if data["plots"] else []
     closing = pairs([("diagnosis", data["sentence"]), *plots, ("seconds", number(data["seconds"]))], width)
     return paragraphs(accuracies, table(DIAGNOSIS_HEADERS, map(_diagnosis_row, data["layers"]), width), closing)

@@ -299,7 +299,8 @@ def verdict(rows: list[dict[str, Any]], all_adcs: Loss | None) -> dict[str, str 
 
 
 def _nobody(all_adcs: Loss) -> str:
-    total = f"all ADCs together cost {all_adcs.points:.2f} points (standard error {all_adcs.se:.2f})"
+    verb = "cost" if all_adcs.points >= 0 else "gain"
+    total = f"all ADCs together {verb} {abs(all_adcs.points):.2f} points (standard error {all_adcs.se:.2f})"
     if all_adcs.significance <= BEYOND:
         return f"no layer stands out beyond two standard errors; {total}, which is not significant either"
     return f"no layer stands out beyond two standard errors, but {total}; use a larger --limit to tell the layers apart"
