@@ -91,6 +91,11 @@ def test_one_seed_says_nothing_about_others():
         over_seeds([])
 
 
+def test_seeds_that_agree_have_no_interval():
+    """Two runs that lose exactly as much do not show that every run will."""
+    assert over_seeds([0.25, 0.25]) == Seeds(0.25, 0.0, None)
+
+
 def test_student_s_t_goes_on_where_the_table_ends():
     """2.0395 for 31, 2.0003 for 60 and 1.9840 for 100 degrees of freedom."""
     assert [student(n) for n in (1, 30)] == [12.7062, 2.0423]

@@ -71,7 +71,8 @@ def paired(before: np.ndarray, after: np.ndarray) -> Loss:
 @dataclass(frozen=True)
 class Seeds:
     """A figure over seeds. se: the standard error of the mean, sd / sqrt(n) with n - 1 in sd; interval: 95 %, by Student's
-    t. Both are None for a single seed, which says nothing about others."""
+    t. Both are None for a single seed, which says nothing about others; interval also where all seeds agree to the last digit,
+    because an interval needs a spread to follow from."""
 
     mean: float
     se: float | None
@@ -92,7 +93,7 @@ def over_seeds(values: Sequence[float]) -> Seeds:
         return Seeds(mean, None, None)
     se = statistics.stdev(values) / math.sqrt(len(values))
     reach = student(len(values) - 1) * se
-    return Seeds(mean, se, (mean - reach, mean + reach))
+    return Seeds(mean, se, (mean - reach, mean + reach) if se else None)
 
 
 def student(freedom: int) -> float:
