@@ -15,7 +15,15 @@ from rqtool.checkpoint import Checkpoint
 from rqtool.errors import ConfigError, InputError, escaped
 from rqtool.hardware.macro import Macro
 from rqtool.jobs.alarms import Alarms
-from rqtool.jobs.chain import Step, calibrated_steps, chain_rows, epoch_rows, say_what_the_twin_is, say_what_training_brought, tuned_step
+from rqtool.jobs.chain import (
+    Step,
+    calibrated_steps,
+    chain_rows,
+    epoch_rows,
+    say_what_the_twin_is,
+    say_what_training_brought,
+    tuned_step,
+)
 from rqtool.jobs.prepare import Silent, check_augment, fitting_images, prepare, read_data, ready_kernels, sample, split
 from rqtool.jobs.results import Quantized, Trained
 from rqtool.model.data import Data, Preprocess
@@ -166,7 +174,9 @@ def _runs(state: str | Path | None, macro: Macro, job: Job, recipe: Recipe) -> R
     return Runs() if state is None else kept_runs(state, about_job(job.network, macro, recipe, [job.train, job.held]))
 
 
-def _check_twin_out(macro: Macro, out: str | Path | None, twin: bool, twin_out: str | Path | None, force: bool) -> None:
+def _check_twin_out(
+    macro: Macro, out: str | Path | None, twin: bool, twin_out: str | Path | None, force: bool
+) -> None:
     """Refuse a file for a twin that there will not be, or that cannot be written."""
     if twin_out is None:
         return
@@ -181,7 +191,8 @@ def _check_twin_out(macro: Macro, out: str | Path | None, twin: bool, twin_out: 
 
 def _lost_by_calibration(steps: list[Step]) -> Loss:
     """What calibration cost against the float model, all of it."""
-    return paired(steps[0].right, [step.right for step in steps if step.name != "tuned" and step.right is not None][-1])
+    calibrated = [step.right for step in steps if step.name != "tuned" and step.right is not None]
+    return paired(steps[0].right, calibrated[-1])
 
 
 @dataclass(frozen=True)
@@ -198,7 +209,8 @@ def _twin(stages: Stages, run: Run, measured: Measured, alarms: Alarms) -> Twin:
         return Twin(None, run, measured)
     network, twin_run = stages.twin_run
     say_what_the_twin_is(alarms, twin_run)
-    return Twin(network, twin_run, _measured(network, stages.macro.with_ideal_adc(), stages.job, stages.progress, TWIN))
+    macro, job = stages.macro.with_ideal_adc(), stages.job
+    return Twin(network, twin_run, _measured(network, macro, job, stages.progress, TWIN))
 
 
 def _against(twin: Twin | None, measured: Measured, job: Job) -> dict[str, Any]:
@@ -212,11 +224,15 @@ def _against(twin: Twin | None, measured: Measured, job: Job) -> dict[str, Any]:
 def _save_twin(result: Quantized, stages: Stages, twin: Twin, force: bool) -> None:
     """Write the twin as a .rq file, with its own figures."""
     job, measured, macro = stages.job, twin.measured, stages.macro.with_ideal_adc()
-    metrics = {"float_top1": result.float_top1, "tuned_top1": measured.top1, "images": result.images}
-    about = {"out": result.twin_out, "twin_of": result.out, "metrics": metrics, "measured_on": job.measured_on}
-    results = {"command": "quantize", **about, "chosen": twin.run.best.name, "epochs": epoch_rows(twin.run)}
-    parts = (measured.program, measured.peaks, job.preprocess, job.classes, result.recipe.to_dict(), results)
-    Checkpoint(macro, twin.network, *parts).save(result.twin_out, force)
+    top1 = {"float_top1": result.float_top1, "tuned_top1": measured.top1}
+    results = {
+        "command": "quantize", "out": result.twin_out, "twin_of": result.out,
+        "metrics": {**top1, "images": result.images}, "measured_on": job.measured_on,
+        "chosen": twin.run.best.name, "epochs": epoch_rows(twin.run),
+    }  # fmt: skip
+    about = (job.preprocess, job.classes, result.recipe.to_dict(), results)
+    saved = Checkpoint(macro, twin.network, measured.program, measured.peaks, *about)
+    saved.save(result.twin_out, force)
 
 
 @dataclass(frozen=True)

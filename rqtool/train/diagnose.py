@@ -248,8 +248,10 @@ def layer_rows(found: dict[str, Seen], right: dict[frozenset[str], np.ndarray], 
 
 def _columns(losses: dict[str, Loss | None]) -> dict[str, float | None]:
     """The columns of losses, each with its standard error; a layer with an ideal ADC loses 0, which is no estimate."""
-    columns = ({name: loss.points, f"{name}_se": loss.se} if loss else {name: 0.0, f"{name}_se": None} for name, loss in losses.items())
-    return {key: value for column in columns for key, value in column.items()}
+    columns: dict[str, float | None] = {}
+    for name, loss in losses.items():
+        columns |= {name: loss.points if loss else 0.0, f"{name}_se": loss.se if loss else None}
+    return columns
 
 
 def worst_tile(tiles: list[dict[str, Any]]) -> int | None:
@@ -289,21 +291,24 @@ def verdict(rows: list[dict[str, Any]], all_adcs: Loss | None) -> dict[str, str 
     nobody = {"worst": None, "worst_by": None, "reason": None}
     if all_adcs is None:
         return {**nobody, "sentence": "every ADC is ideal, so none costs any accuracy"}
-    row, column = max(((row, column) for row in rows for column in CULPRIT), key=lambda place: significance(*place))
+    places = [(row, column) for row in rows for column in CULPRIT]
+    row, column = max(places, key=lambda place: significance(*place))
     if significance(row, column) <= BEYOND:
         return {**nobody, "sentence": _nobody(all_adcs)}
     sqnr = "no error in the sample" if row["sqnr"] is None else f"SQNR {row['sqnr']:.1f} dB"
     cost = CULPRIT[column].format(points=row[column], se=row[f"{column}_se"])
     head = f"layer {escaped(row['layer'])} costs most: {cost}; clip {100 * row['clip_rate']:.1f} %, {sqnr}"
-    return {"worst": row["layer"], "worst_by": column, "reason": reason(row), "sentence": f"{head}: {REASONS[reason(row)]}"}
+    named = {"worst": row["layer"], "worst_by": column, "reason": reason(row)}
+    return {**named, "sentence": f"{head}: {REASONS[reason(row)]}"}
 
 
 def _nobody(all_adcs: Loss) -> str:
     verb = "cost" if all_adcs.points >= 0 else "gain"
     total = f"all ADCs together {verb} {abs(all_adcs.points):.2f} points (standard error {all_adcs.se:.2f})"
+    head = "no layer stands out beyond two standard errors"
     if all_adcs.significance <= BEYOND:
-        return f"no layer stands out beyond two standard errors; {total}, which is not significant either"
-    return f"no layer stands out beyond two standard errors, but {total}; use a larger --limit to tell the layers apart"
+        return f"{head}; {total}, which is not significant either"
+    return f"{head}, but {total}; use a larger --limit to tell the layers apart"
 
 
 def examine(network: Network, feed: Feed, sample: torch.Tensor, done: Callable[..., None]) -> tuple[dict[str, Seen], dict[str, Any]]:
@@ -321,5 +326,5 @@ def examine(network: Network, feed: Feed, sample: torch.Tensor, done: Callable[.
     said = verdict(rows, all_adcs)
     done(0, said["sentence"])
     top1 = {"real_top1": percent(real), "ideal_top1": percent(real if ideal is None else ideal)}
-    lost = {"adc_loss_same_weights": all_adcs.points if all_adcs else 0.0, "adc_loss_same_weights_se": all_adcs.se if all_adcs else None}
+    lost = _columns({"adc_loss_same_weights": all_adcs})
     return found, {"images": len(feed), "sample_images": len(sample), **top1, **lost, **said, "layers": rows}
