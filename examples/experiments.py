@@ -91,8 +91,9 @@ def run(name: str, seed: int, shared: Path, data: rqtool.Data, rows: Path) -> di
     preprocess = None if task.weights is None else rqtool.Preprocess(mean=task.mean, std=task.std)
     result = rqtool.quantize(read_model(task, shared / "models"), data, macro, recipe=about.recipe(seed), preprocess=preprocess, twin=twin is None).to_json()
     if twin is not None:
+        # a row has no figures of single images, so that this loss has no paired error
         result["metrics"] |= {"ideal_top1": twin, "adc_loss": twin - result["metrics"]["tuned_top1"]}
-    kept = ("macro", "recipe", "metrics", "measured_on", "train_images", "held_out_images", "chosen", "roll_backs", "seconds")
+    kept = ("macro", "recipe", "metrics", "chain", "measured_on", "train_images", "held_out_images", "chosen", "epochs", "roll_backs", "twin_chosen", "warnings", "seconds")
     return {"commit": commit(), "threads": torch.get_num_threads(), **{key: result[key] for key in kept}}
 
 

@@ -34,6 +34,13 @@ TASKS = {
     "few": replace(RESNET, title=f"{RESNET.title}, 2,560 training images", batch=64, train=2_560),
 }  # fmt: skip
 
+# The most points that the ADC should cost after fine-tuning with 9 rows on: by task and macro preset, then bits of the ADC.
+GOALS = {
+    ("mnist", None): {4: 0.03, 3: 0.06, 2: 0.15},
+    ("cifar", None): {4: 0.3, 3: 1.0, 2: 3.0},
+    ("cifar", "nthu-2019"): {4: 0.5},
+}
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -49,6 +56,12 @@ class Experiment:
     def recipe(self, seed: int) -> rqtool.Recipe:
         task = TASKS[self.task]
         return rqtool.Recipe(**{"epochs": self.epochs, "seed": seed, "batch": task.batch, "lr": task.lr, "distill_weight": DISTILL_WEIGHT, **dict(self.about)})
+
+    def goal(self) -> float | None:
+        """The most points that the ADC should cost; None where nothing was set as a goal."""
+        if self.section != FINE:
+            return None
+        return GOALS.get((self.task, self.preset), {}).get(rqtool.make_macro(self.preset, **dict(self.macro)).adc_bits)
 
     def twin(self) -> tuple:
         """All that the ideal-ADC twin depends on: no ADC, and whichever teacher, for it learns from the float network."""

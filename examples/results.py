@@ -8,18 +8,24 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs import DISTILL_WEIGHT, EXPERIMENTS, FINE, MODES, RANGES, TASKS, TRIED, WIDE
 from lines import lines_svg
 from rqtool.storage import write_atomic
+from rqtool.train.paired import over_seeds
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEAD = f"""# Results
 
 Written by `make experiments` (examples/experiments.py and examples/results.py) from the rows in docs/results/, a file for each run. top-1 in
 percent on the test images (10,000 in every data set), by the integer program; ± is half the range over the runs, one for each seed 0, 1, ...
+The loss is a mean over the runs, in points, beside its "error over seeds" (the standard error of that mean, sd / sqrt(runs)) and its "paired error"
+(the standard error of one run's loss, because of the images: twin and network see the same ones; the mean over the runs, and a dash where rows were
+made before it was kept). The 95 % interval is Student's t over seeds, or that of the images where there is one run. A "goal" is met only where the whole
+interval is at or below it, missed only where all of it is above, and open otherwise.
 No layer is kept off the macro, reads are signed. Selection is on held-out training images. The ideal-ADC twin starts from the same weights
 and is trained for as many epochs with the same seed; the loss is twin minus fine-tuned, in points. "Agreement" is the smallest share of test
 images over the runs on which the integer program and the served network in floating point name the same class. A teacher is the float
@@ -32,7 +38,7 @@ ABOUT = {
     WIDE: "A step for each column.",
     TRIED: "One thing changed at a time from the job `fashion-2-spread` above; where the teacher or the images change, so does the twin.",
 }  # fmt: skip
-COLUMNS = ("job", "setting", "recipe", "reads per MAC", "epochs", "runs", "float", "post-training", "fine-tuned", "ideal-ADC twin", "loss", "agreement", "minutes", "commit")
+COLUMNS = ("job", "setting", "recipe", "reads per MAC", "epochs", "runs", "float", "post-training", "fine-tuned", "ideal-ADC twin", "loss", "error over seeds", "paired error", "95 % interval", "goal", "agreement", "minutes", "commit")
 NOTE = 'Minutes are those of the last run of a job with all its measurements, and with the twin where that was trained too; on one thread, often beside other work. They are no timing.'
 
 
@@ -68,9 +74,35 @@ def recipe_cell(recipe: dict[str, Any]) -> str:
     return ", ".join([recipe["mode"], *told])
 
 
+def loss_cells(results: list[dict[str, Any]], goal: float | None) -> list[str]:
+    """The loss, its error over seeds, its paired error, its interval, and whether that says that a goal is met."""
+    seeds, errors = over_seeds(values(results, "adc_loss")), [r["metrics"].get("adc_loss_se") for r in results]
+    interval = seeds.interval if len(results) > 1 else results[0]["metrics"].get("adc_loss_interval")
+    paired_error = None if None in errors else statistics.mean(errors)
+    ends = "-" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
+    return [f"{seeds.mean:.2f}", figure(seeds.se), figure(paired_error), ends, verdict(interval, goal)]
+
+
+def figure(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}"
+
+
+def verdict(interval: Sequence[float] | None, goal: float | None) -> str:
+    """Whether a loss is at or below its goal, as far as the interval says.
+
+    >>> [verdict(ends, 0.3) for ends in ((-0.1, 0.3), (0.1, 0.4), (0.31, 0.5), None)], verdict((0, 1), None)
+    (['<= 0.30: met', '<= 0.30: open', '<= 0.30: missed', '<= 0.30: open'], '-')
+    """
+    if goal is None:
+        return "-"
+    said = "open" if interval is None else "met" if interval[1] <= goal else "missed" if interval[0] > goal else "open"
+    return f"<= {goal:.2f}: {said}"
+
+
 def row(name: str, results: list[dict[str, Any]]) -> str:
     macro, recipe = results[0]["macro"], results[0]["recipe"]
-    figures = [spread(values(results, key)) for key in ("float_top1", "ptq_top1", "tuned_top1", "ideal_top1", "adc_loss")]
+    figures = [spread(values(results, key)) for key in ("float_top1", "ptq_top1", "tuned_top1", "ideal_top1")]
+    figures += loss_cells(results, EXPERIMENTS[name].goal())
     cells = [name, setting_cell(macro), recipe_cell(recipe), f"{results[0]['metrics']['reads_per_mac']:.4f}", str(recipe["epochs"] + recipe["ideal_epochs"]), str(len(results))]
     cells += [*figures, f"{min(values(results, 'agreement')):.2f}", f"{results[-1]['seconds'] / 60:.0f}", ", ".join(sorted({r["commit"] for r in results}))]
     return "| " + " | ".join(cells) + " |"

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedPr
 
 
 # -- each command does its work ----------------------------------------------------------------------------------------
-METRICS = {"float_top1", "ptq_top1", "tuned_top1", "ideal_top1", "adc_loss", "agreement", "images", "reads_per_mac"}
+METRICS = {"float_top1", "ptq_top1", "tuned_top1", "ideal_top1", "adc_loss", "adc_loss_se", "adc_loss_interval", "agreement", "images", "reads_per_mac"}
 
 
 def test_quantize_writes_a_file_and_says_what_it_is_worth(rqtool):
@@ -135,13 +136,16 @@ def test_quantize_prints_a_table(rqtool):
     ran = rqtool("quantize", "m.pt", *QUICK, "--out", "a.rq")
     lines = ran.out.splitlines()
     assert lines[0] == f"macro  {Macro().describe()}"
-    assert lines[2].split() == ["top-1", "on", "30", "test", "images", "%"]
-    assert [line.rsplit(maxsplit=1)[0].strip() for line in lines[3:8]] == ["float", "post-training", "fine-tuned", "ideal-ADC twin", "loss to the ADC"]
-    assert lines[9].split() == ["layer", "rows", "columns", "tiles", "reads/MAC", "step", "zero", "clipped", "%"]
-    assert [line.split()[:5] for line in lines[10:12]] == [["0", "9", "4", "1", "0.11"], ["5", "64", "3", "8", "0.12"]]
+    assert lines[2].split() == "30 test images top-1 % cost std. error held-out %".split()
+    assert [re.split(r"\s{2,}", line)[0] for line in lines[3:8]] == ["float model", "quantized, ideal ADC", "quantized, ADC", "fine-tuned", "integer program"]
+    assert lines[9].split() == "integer program top-1 % chosen state".split()
+    assert [re.split(r"\s{2,}", line)[0] for line in lines[10:12]] == ["post-training", "fine-tuned"]
+    assert lines[13].split() == ["layer", "rows", "columns", "tiles", "reads/MAC", "step", "zero", "clipped", "%"]
+    assert [line.split()[:5] for line in lines[14:16]] == [["0", "9", "4", "1", "0.11"], ["5", "64", "3", "8", "0.12"]]
+    assert "loss to the ADC       not measured (--no-twin)" in lines
     assert "fully integer         yes" in lines and "layers off the macro  none" in lines and "file                  a.rq" in lines
     assert [line.split(":")[0] for line in ran.err.splitlines()] == [
-        "reading", "kernels (compiled on first use)", "float model", "calibration", "post-training"
+        "reading", "kernels (compiled on first use)", "float model", "calibration", "accuracy after calibration", "post-training"
     ]  # fmt: skip
 
 
@@ -344,14 +348,14 @@ def test_the_help_tells_the_defaults():
 
 def test_quantize_reaches_every_parameter(rqtool, called):
     seen = called("quantize")
-    everything = [*words(MACRO_VALUES), *words(RECIPE_VALUES), *words(PIXEL_VALUES), "--arch", "a.b:c", "--input", "3,32,32", "--out", "o.rq", "--state", "s", "--no-twin", "--force"]
+    everything = [*words(MACRO_VALUES), *words(RECIPE_VALUES), *words(PIXEL_VALUES), "--arch", "a.b:c", "--input", "3,32,32", "--out", "o.rq", "--twin-out", "t.rq", "--state", "s", "--no-twin", "--force"]
     assert rqtool("quantize", "m.pt", "--data", "d.npz", *everything, "--threads", str(torch.get_num_threads()), "--json") == Ran(0, '{"done": true}\n', "")
     macro = make_macro("nthu-2019", **{name: value for name, value in meant(MACRO_VALUES).items() if name != "macro"})
     progress = seen.pop("progress")
     assert hasattr(progress, "stage")
     assert seen == {
         "model": "m.pt", "data": "d.npz", "macro": macro, "arch": "a.b:c", "out": "o.rq", "recipe": Recipe(**meant(RECIPE_VALUES)),
-        "preprocess": meant(PIXEL_VALUES), "input_shape": (3, 32, 32), "twin": False, "state": "s", "force": True,
+        "preprocess": meant(PIXEL_VALUES), "input_shape": (3, 32, 32), "twin": False, "twin_out": "t.rq", "state": "s", "force": True,
     }  # fmt: skip
 
 
@@ -361,7 +365,7 @@ def test_quantize_without_options_leaves_every_default(rqtool, called):
     seen.pop("progress")
     assert seen == {
         "model": "nets/my.net.pt", "data": "d.npz", "macro": Macro(adc_bits=None), "arch": None, "out": "my.net.rq", "recipe": Recipe(), "preprocess": {},
-        "input_shape": None, "twin": True, "state": None, "force": False,
+        "input_shape": None, "twin": True, "twin_out": None, "state": None, "force": False,
     }  # fmt: skip
 
 

@@ -22,11 +22,12 @@ from rqtool.hardware import adc
 from rqtool.model.capture import capture
 from rqtool.report.plots import histogram_svg, plot_files
 from rqtool.train.calibrate import calibrate
-from rqtool.train.diagnose import Converter, accuracies, converter, ideal_adcs, judged, layer_rows, look, together, trials, verdict
+from rqtool.train.diagnose import Converter, converter, judged, layer_rows, look, together, trials, tried, verdict
 from rqtool.train.finetune import Feed
 from rqtool.train.histogram import partial_sum_histogram, tile_histograms
 from rqtool.train.layers import ReadLayer, group_shape
-from rqtool.train.measure import clip_rate, layer_table, watched
+from rqtool.train.measure import clip_rate, ideal_adcs, layer_table, watched
+from rqtool.train.paired import Loss, paired
 from rqtool.train.reads import pad_codes
 from rqtool.train.rewrite import read_layers, rewrite
 
@@ -160,7 +161,7 @@ def test_switches_and_watches_are_put_back_after_an_error(monkeypatch):
     with pytest.raises(MemoryError):
         look(network, inputs())
     with pytest.raises(MemoryError):
-        accuracies(network, Feed(Images(inputs().numpy(), np.zeros(12, np.int64)), np.ones(1), np.zeros(1)))
+        tried(network, Feed(Images(inputs().numpy(), np.zeros(12, np.int64)), np.ones(1), np.zeros(1)))
     assert [(layer.ideal_adc, layer.watch) for layer in layers.values()] == [(False, None), (True, None), (False, None)]
 
 
@@ -209,7 +210,11 @@ def test_an_absurd_step_is_found(made, tmp_path, name, factor, reason, words):
     found = rqtool.diagnose(with_step(made, tmp_path, name, factor), DATA)
     assert (found.worst, found.reason) == (name, reason)
     row = found.layers[["0", "2", "5"].index(name)]
-    assert found.sentence == f"largest loss alone: {name}, {row['loss_alone']:.2f} points; clip {100 * row['clip_rate']:.1f} %, SQNR {row['sqnr']:.1f} dB: {words}"
+    costs = {
+        "loss_alone": f"its ADC alone loses {row['loss_alone']:.2f} points (standard error {row['loss_alone_se']:.2f})",
+        "regained": f"{row['regained']:.2f} points (standard error {row['regained_se']:.2f}) come back when its ADC alone is ideal",
+    }
+    assert found.sentence == f"layer {name} costs most: {costs[found.worst_by]}; clip {100 * row['clip_rate']:.1f} %, SQNR {row['sqnr']:.1f} dB: {words}"
     assert row["loss_alone"] > 30 and row["regained"] > 30 and found.ideal_top1 == 100 and found.real_top1 < 70
     others = [r for r in found.layers if r["layer"] != name]
     assert all(abs(r["loss_alone"]) < row["loss_alone"] / 2 for r in others)
@@ -219,30 +224,77 @@ def test_an_absurd_step_is_found(made, tmp_path, name, factor, reason, words):
 def test_a_network_that_loses_nothing_has_nobody_to_blame(made):
     found = rqtool.diagnose(made / "bars.rq", DATA)
     assert (found.worst, found.reason, found.images, found.sample_images, found.measured_on) == (None, None, 90, 90, "test")
-    lost = found.ideal_top1 - found.real_top1
-    assert found.sentence == f"no layer alone loses more than the counting error of the images, {found.counting_error:.2f} points; all together lose {lost:.2f}"
+    assert found.adc_loss_same_weights == pytest.approx(found.ideal_top1 - found.real_top1)
+    verb, lost, se = "cost" if found.adc_loss_same_weights >= 0 else "gain", abs(found.adc_loss_same_weights), found.adc_loss_same_weights_se
+    total = f"all ADCs together {verb} {lost:.2f} points (standard error {se:.2f})"
+    assert found.sentence == f"no layer stands out beyond two standard errors; {total}, which is not significant either"
 
 
 def test_an_ideal_adc_has_nothing_to_lose(tmp_path):
     rqtool.quantize(net(), DATA, Macro(adc_bits=None), out=tmp_path / "i.rq", recipe=Recipe(epochs=0, calibration_images=32))
     found = rqtool.diagnose(tmp_path / "i.rq", DATA, limit=30)
-    assert (found.worst, found.sentence, found.images) == (None, "every ADC is ideal, so nothing is lost to one", 30)
+    assert (found.worst, found.sentence, found.images) == (None, "every ADC is ideal, so none costs any accuracy", 30)
     assert [(r["sqnr"], r["clip_rate"], r["codes_used"], r["loss_alone"], r["tiles"]) for r in found.layers] == [(None, None, None, 0.0, [])] * 3
+    assert [(r["loss_alone_se"], r["regained_se"]) for r in found.layers] == [(None, None)] * 3
+    assert (found.adc_loss_same_weights, found.adc_loss_same_weights_se, found.worst_by) == (0.0, None, None)
     with pytest.raises(ConfigError) as e:
         rqtool.diagnose(tmp_path / "i.rq", DATA, plots=tmp_path / "p")
     assert str(e.value).endswith("i.rq: its ADC is ideal and has no thresholds to draw; leave --plots out") and not (tmp_path / "p").exists()
 
 
+def first(count: int, of: int = 100) -> np.ndarray:
+    """bool [of]: the first `count` images are right."""
+    return np.arange(of) < count
+
+
 def test_losses_are_differences_of_what_was_tried():
-    tried = {frozenset(): 50.0, frozenset("ab"): 90.0, frozenset("b"): 60.0, frozenset("a"): 85.0}
-    rows = layer_rows({}, tried, ["a", "b"])
+    right = {frozenset(): first(50), frozenset("ab"): first(90), frozenset("b"): first(60), frozenset("a"): first(85)}
+    rows = layer_rows({}, right, ["a", "b"])
     assert [(r["layer"], r["loss_alone"], r["regained"]) for r in rows] == [("a", 30.0, 35.0), ("b", 5.0, 10.0)]
+    # 30 of 100 images lost, none gained: sqrt((.30 - .09) / 100)
+    assert rows[0]["loss_alone_se"] == pytest.approx(100 * math.sqrt((0.3 - 0.09) / 100)) == 4.58257569495584
+    assert rows[1]["regained_se"] == pytest.approx(3.0)
+
+
+def judged_row(name: str, **losses: float) -> dict:
+    """A row whose columns not given are 0 +- 1."""
+    columns = {"loss_alone": 0.0, "loss_alone_se": 1.0, "regained": 0.0, "regained_se": 1.0, **losses}
+    return {"layer": name, **columns, "clip_rate": 0.0, "clip_noise": None, "sqnr": 9.0, "codes_used": 1.0}
+
+
+def test_a_layer_that_gives_much_back_is_a_culprit_even_if_it_loses_little_alone():
+    """Eleven layers of a depthwise network: 2.33 in all, 3.00 of them come back with layer 0."""
+    rows = [judged_row("0", loss_alone=0.33, loss_alone_se=0.7, regained=3.0, regained_se=0.9), judged_row("1", loss_alone=1.2)]
+    said = verdict(rows, Loss(2.33, 0.8, (0.7, 3.9)))
+    assert (said["worst"], said["worst_by"], said["reason"]) == ("0", "regained", "resolution too low")
+    assert said["sentence"] == (
+        "layer 0 costs most: 3.00 points (standard error 0.90) come back when its ADC alone is ideal; clip 0.0 %, SQNR 9.0 dB: "
+        "its range fits, but its resolution is too low"
+    )
+
+
+def test_the_worst_is_the_most_significant_and_not_the_largest():
+    rows = [judged_row("wide", loss_alone=5.0, loss_alone_se=2.4), judged_row("sure", loss_alone=2.0, loss_alone_se=0.5)]
+    assert [verdict(rows[:n], Loss(6.0, 1.0, (4, 8)))["worst"] for n in (1, 2)] == ["wide", "sure"]
+
+
+def test_two_standard_errors_are_not_enough():
+    rows = [judged_row("a", loss_alone=2.0, regained=2.0)]
+    said = verdict(rows, Loss(2.33, 0.8, (0.7, 3.9)))
+    assert (said["worst"], said["worst_by"], said["reason"]) == (None, None, None)
+    assert said["sentence"] == (
+        "no layer stands out beyond two standard errors, but all ADCs together cost 2.33 points (standard error 0.80); "
+        "use a larger --limit to tell the layers apart"
+    )
+    assert verdict([judged_row("a", loss_alone=2.01)], paired(first(9), first(8)))["worst"] == "a"
 
 
 def test_a_hostile_name_cannot_steer_the_terminal():
-    row = {"layer": "a\x1b[2J", "loss_alone": 9.0, "clip_rate": 0.0, "clip_noise": None, "sqnr": None, "codes_used": 1.0}
-    said = verdict([row], 80.0, 90.0, 1.0)["sentence"]
-    assert said == "largest loss alone: a\\x1b[2J, 9.00 points; clip 0.0 %, no loss in the sample: its range fits, but its resolution is too low"
+    row = {**judged_row("a\x1b[2J", loss_alone=9.0), "sqnr": None}
+    assert verdict([row], Loss(9.0, 1.0, (7, 11)))["sentence"] == (
+        "layer a\\x1b[2J costs most: its ADC alone loses 9.00 points (standard error 1.00); clip 0.0 %, no error in the sample: "
+        "its range fits, but its resolution is too low"
+    )
 
 
 # -- plots ---------------------------------------------------------------------------------------------------------------
@@ -333,15 +385,15 @@ def test_the_command_prints_a_table_in_network_order(made, capsys):
     assert run(["eval", str(made / "demo.rq"), "--data", "demo", "--limit", "40", "--diagnose"]) == 0
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("layer"))
-    assert lines[at].split() == "layer loss alone regained clipped % SQNR dB codes used % worst tile".split()
+    assert lines[at].split() == "layer loss alone std. error regained std. error clipped % SQNR dB codes used % worst tile".split()
     assert [line.split()[0] for line in lines[at + 1 : at + 5]] == ["0", "4", "8", "13"]
-    assert lines[at - 4].split() == ["network", "on", "40", "test", "images", "top-1", "%"] and lines[at + 6].startswith("diagnosis  ")
+    assert lines[at - 4].split() == "40 test images top-1 % cost, same weights std. error".split() and lines[at + 6].startswith("diagnosis  ")
 
 
 def test_the_culprit_is_named_even_where_the_check_fails(made, capsys):
     assert run(["eval", str(made / "demo.rq"), "--data", "demo", "--limit", "40", "--min-acc", "100", "--diagnose"]) == 5
     err = capsys.readouterr().err.splitlines()
-    assert err[0].startswith("diagnosis: ") and ("layer" in err[0] or "largest loss alone" in err[0]) and "below --min-acc 100" in err[-1]
+    assert err[0].startswith("diagnosis: ") and "layer" in err[0] and "below --min-acc 100" in err[-1]
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,29 @@ def keep(rows: Path, name: str, found: dict, seed: int = 0) -> None:
 def test_a_row_is_mean_and_half_the_range_over_seeds(experiments: ModuleType) -> None:
     row = experiments.results.row("mnist-4-layer", [result(99.4, 99.5, 100.0, "0123456"), result(99.5, 99.5, 99.9)])
     assert row == (
-        "| mnist-4-layer | 9 rows on, 4/4 bits, 4-bit ADC, twos, step per layer | ste | 0.1111 | 2 | 2 | 99.50 ± 0.00 | 99.00 ± 0.00 | 99.45 ± 0.05 | 99.50 ± 0.00 | 0.05 ± 0.05 | 99.90 | 2 | 0123456, abc1234 |"
+        "| mnist-4-layer | 9 rows on, 4/4 bits, 4-bit ADC, twos, step per layer | ste | 0.1111 | 2 | 2 | 99.50 ± 0.00 | 99.00 ± 0.00 | 99.45 ± 0.05 | 99.50 ± 0.00 "
+        "| 0.05 | 0.05 | - | -0.59 to 0.69 | <= 0.03: open | 99.90 | 2 | 0123456, abc1234 |"
     )
+
+
+def test_a_loss_has_its_errors_and_is_met_only_where_the_interval_says_so(experiments: ModuleType) -> None:
+    def cells(*losses: float, goal: float | None = None, **metrics: object) -> list[str]:
+        rows = [result(99.0, 99.0 + loss, 100.0) for loss in losses]
+        return experiments.results.loss_cells([{**r, "metrics": {**r["metrics"], **metrics}} for r in rows], goal)
+
+    # sd .02, se .02 / sqrt(3), t 4.3027
+    assert cells(0.08, 0.10, 0.12, goal=0.15) == ["0.10", "0.01", "-", "0.05 to 0.15", "<= 0.15: met"]
+    assert cells(0.08, 0.10, 0.12, goal=0.1)[-1] == "<= 0.10: open" and cells(0.08, 0.10, 0.12, goal=0.05)[-1] == "<= 0.05: missed"
+    assert cells(0.06, 0.30, 0.54, goal=0.5) == ["0.30", "0.14", "-", "-0.30 to 0.90", "<= 0.50: open"]
+    assert cells(0.2, goal=0.5) == ["0.20", "-", "-", "-", "<= 0.50: open"]
+    assert cells(0.2, goal=0.5, adc_loss_se=0.1, adc_loss_interval=[0.004, 0.396]) == ["0.20", "-", "0.10", "0.00 to 0.40", "<= 0.50: met"]
+    assert cells(0.2, 0.2, adc_loss_se=None, adc_loss_interval=None)[2] == "-" and cells(0.2)[-1] == "-"
+
+
+def test_goals_are_those_of_fine_tuning_with_9_rows_on(experiments: ModuleType) -> None:
+    goals = {name: job.goal() for name, job in experiments.EXPERIMENTS.items()}
+    assert (goals["mnist-4"], goals["mnist-2-spread-long"], goals["cifar-3-free"], goals["cifar-nthu-2019-spread"]) == (0.03, 0.15, 1.0, 0.5)
+    assert goals["mnist-4-relaxed"] is goals["cifar-wl128-4"] is goals["fashion-4"] is goals["cifar-4-ptq-free"] is goals["mnist-nthu-2019"] is None
 
 
 def test_a_recipe_is_told_where_it_is_not_the_default(experiments: ModuleType) -> None:

@@ -18,10 +18,17 @@ LAYER = {
     "p_max": 945, "acc_bound": 45, "positions": 4, "macs": 1728, "reads": 192, "reads_per_mac": 1 / 9, "cycles": 24, "input_scale": 0.1, "input_zero": 0, "step": 33.456,
     "zero": 8, "clip_rate": 0.01234,
 }  # fmt: skip
+CHAIN = [
+    {"step": "float", "top1": 92.1, "loss": None, "se": None, "interval": None, "held_out_top1": None},
+    {"step": "ideal ADC", "top1": 91.6, "loss": 0.5, "se": 0.25, "interval": [0.0, 1.0], "held_out_top1": None},
+    {"step": "ADC", "top1": 88.9, "loss": 2.7, "se": 0.7, "interval": [1.3, 4.1], "held_out_top1": 89.0},
+    {"step": "tuned", "top1": 90.1, "loss": -1.2, "se": 0.8, "interval": [-2.8, 0.4], "held_out_top1": 91.0},
+    {"step": "frozen", "top1": 90.0, "loss": 0.1, "se": 0.1, "interval": [-0.1, 0.3], "held_out_top1": None},
+]
 QUANTIZED = {
     "command": "quantize", "out": "m.rq", "macro": Macro().to_dict(), "recipe": {"epochs": 1, "seed": 3, "ideal_epochs": 0, "teacher": "none", "augment": "none"},
-    "roll_backs": 0,
-    "metrics": {"float_top1": 92.1, "ptq_top1": 88.888, "tuned_top1": 90.0, "ideal_top1": 91.5, "adc_loss": 1.5, "agreement": 99.9, "images": 1000, "reads_per_mac": 1 / 9},
+    "roll_backs": 0, "chain": CHAIN, "epochs": [], "warnings": [], "twin_chosen": "epoch 1, batch norm re-estimated", "twin_out": None,
+    "metrics": {"float_top1": 92.1, "ptq_top1": 88.888, "tuned_top1": 90.0, "ideal_top1": 91.5, "adc_loss": 1.5, "adc_loss_se": 0.6, "adc_loss_interval": [0.324, 2.676], "agreement": 99.9, "images": 1000, "reads_per_mac": 1 / 9},
     "measured_on": "test", "train_images": 900, "held_out_images": 100, "chosen": "epoch 1", "fully_integer": True, "islands": [], "layers_off_macro": [],
     "layers": [LAYER], "seconds": 12.34,
 }  # fmt: skip
@@ -31,16 +38,22 @@ def test_the_closing_table_of_quantize():
     assert results.quantized(QUANTIZED) == """\
 macro  9 wordlines, 8 I/O, 4-bit ADC (twos, layer, calibrated), 4-bit inputs, 4-bit weights, signed
 
-top-1 on 1000 test images      %
-float                      92.10
-post-training              88.89
-fine-tuned                 90.00
-ideal-ADC twin             91.50
-loss to the ADC             1.50
+1000 test images      top-1 %   cost  std. error  held-out %
+float model             92.10      -           -           -
+quantized, ideal ADC    91.60   0.50        0.25           -
+quantized, ADC          88.90   2.70        0.70       89.00
+fine-tuned              90.10  -1.20        0.80       91.00
+integer program         90.00   0.10        0.10           -
+
+integer program  top-1 %  chosen state
+post-training      88.89  -
+fine-tuned         90.00  epoch 1
+ideal-ADC twin     91.50  epoch 1, batch norm re-estimated
 
 layer  rows  columns  tiles  reads/MAC   step  zero  clipped %
 conv1    27       16      3       0.11  33.46     8       1.23
 
+loss to the ADC       1.50 points, standard error 0.60, 95 % interval 0.32 to 2.68, against the twin trained with an ideal ADC
 fully integer         yes
 layers off the macro  none
 reads per MAC         0.11
@@ -52,12 +65,22 @@ seconds               12.34"""
 
 
 def test_what_is_not_there_is_a_dash_or_a_word():
-    metrics = {**QUANTIZED["metrics"], "ideal_top1": None, "adc_loss": None}
+    metrics = {**QUANTIZED["metrics"], "ideal_top1": None, "adc_loss": None, "adc_loss_se": None, "adc_loss_interval": None}
     layer = {**LAYER, "step": None, "zero": None}
     lines = results.quantized({**QUANTIZED, "metrics": metrics, "layers": [layer], "out": None, "islands": ["softmax"], "fully_integer": False}).splitlines()
-    assert [line.split() for line in lines if line.startswith(("ideal", "loss"))] == [["ideal-ADC", "twin", "-"], ["loss", "to", "the", "ADC", "-"]]
-    assert lines[10].split() == ["conv1", "27", "16", "3", "0.11", "-", "-", "1.23"]
+    assert not [line for line in lines if line.startswith("ideal")] and "loss to the ADC       not measured (--no-twin)" in lines
+    assert lines[14].split() == ["conv1", "27", "16", "3", "0.11", "-", "-", "1.23"]
     assert "file                  not saved" in lines and "fully integer         no, but for softmax" in lines
+
+
+def test_a_macro_that_is_its_own_twin_has_a_loss_without_an_error():
+    metrics = {**QUANTIZED["metrics"], "ideal_top1": 90.0, "adc_loss": 0.0, "adc_loss_se": None, "adc_loss_interval": None}
+    assert "loss to the ADC       0.00 points, against the twin trained with an ideal ADC" in results.quantized({**QUANTIZED, "metrics": metrics}).splitlines()
+
+
+def test_warnings_and_the_twin_s_file_are_told_last():
+    lines = results.quantized({**QUANTIZED, "twin_out": "twin.rq", "warnings": ["training brought nothing"]}).splitlines()
+    assert lines[-4:] == ["file                  m.rq", "twin's file           twin.rq", "seconds               12.34", "warning               training brought nothing"]
 
 
 def test_what_is_not_the_default_of_the_recipe_is_told():
@@ -68,17 +91,18 @@ def test_what_is_not_the_default_of_the_recipe_is_told():
 
 def test_the_closing_table_of_train():
     history = [{"epochs": 2, "ideal_epochs": 1}, {"epochs": 1, "ideal_epochs": 0}]
-    data = {**QUANTIZED, "command": "train", "source": "m.rq", "out": "t.rq", "history": history, "metrics": {"before_top1": 90.0, "tuned_top1": 90.25, "agreement": 100.0, "images": 1000}}
+    data = {**QUANTIZED, "command": "train", "source": "m.rq", "out": "t.rq", "history": history, "metrics": {"before_top1": 90.0, "tuned_top1": 90.25, "gain": 0.25, "gain_se": 0.2, "gain_interval": [-0.142, 0.642], "agreement": 100.0, "images": 1000}}
     assert results.trained(data) == """\
 macro  9 wordlines, 8 I/O, 4-bit ADC (twos, layer, calibrated), 4-bit inputs, 4-bit weights, signed
 
-top-1 on 1000 test images      %
-before                     90.00
-after                      90.25
+1000 test images  top-1 %
+before              90.00
+after               90.25
 
 layer  rows  columns  tiles  reads/MAC   step  zero  clipped %
 conv1    27       16      3       0.11  33.46     8       1.23
 
+gain            0.25 points, standard error 0.20, 95 % interval -0.14 to 0.64
 trained before  4 epochs
 trained         1 epoch on 900 images, seed 3
 chosen          epoch 1, by 100 held-out images
@@ -89,10 +113,10 @@ seconds         12.34"""
 
 def diagnosis(**figures) -> dict:
     """A result of eval --diagnose with two layers, the first with these figures."""
-    row = {"layer": "conv1", "loss_alone": 3.4, "regained": -0.1, "clip_rate": 0.12, "clip_noise": 0.8, "sqnr": 9.123, "codes_used": 0.9375, "worst_tile": 1}
+    row = {"layer": "conv1", "loss_alone": 3.4, "loss_alone_se": 0.8, "regained": -0.1, "regained_se": 0.5, "clip_rate": 0.12, "clip_noise": 0.8, "sqnr": 9.123, "codes_used": 0.9375, "worst_tile": 1}
     row["tiles"] = [{"tile": 0, "clip_rate": 0.0, "clip_noise": 0.0, "sqnr": 12.0, "codes_used": 0.5}, {"tile": 1, "clip_rate": 0.2, "clip_noise": 0.9, "sqnr": 7.0, "codes_used": 0.9}]
-    dashes = {"layer": "fc", "loss_alone": 0.0, "regained": 0.0, "clip_rate": None, "clip_noise": None, "sqnr": None, "codes_used": None, "worst_tile": None, "tiles": []}
-    found = {"images": 500, "measured_on": "test", "real_top1": 80.0, "ideal_top1": 83.5, "sentence": "largest loss alone: conv1", "layers": [{**row, **figures}, dashes], "plots": [], "seconds": 1.5}
+    dashes = {"layer": "fc", "loss_alone": 0.0, "loss_alone_se": None, "regained": 0.0, "regained_se": None, "clip_rate": None, "clip_noise": None, "sqnr": None, "codes_used": None, "worst_tile": None, "tiles": []}
+    found = {"images": 500, "measured_on": "test", "real_top1": 80.0, "ideal_top1": 83.5, "adc_loss_same_weights": 3.5, "adc_loss_same_weights_se": 0.9, "sentence": "layer conv1 costs most", "layers": [{**row, **figures}, dashes], "plots": [], "seconds": 1.5}
     metrics = {"top1": 80.2, "images": 1000}
     return {"source": "m.rq", "macro": Macro().to_dict(), "metrics": metrics, "measured_on": "test", "adc": "real", "fused_layers": {"conv1": True}, "seconds": 0.5, "diagnosis": found}
 
@@ -103,15 +127,15 @@ def test_the_table_of_a_diagnosis():
     assert results.evaluated(data) == f"""\
 {plain}
 
-network on 500 test images  top-1 %
-all ADCs real                 80.00
-all ADCs ideal                83.50
+500 test images  top-1 %  cost, same weights  std. error
+all ADCs ideal     83.50                   -           -
+all ADCs real      80.00                3.50        0.90
 
-layer  loss alone  regained  clipped %  SQNR dB  codes used %    worst tile
-conv1        3.40     -0.10      12.00     9.12         93.75  1 at 7.00 dB
-fc           0.00      0.00          -        -             -             -
+layer  loss alone  std. error  regained  std. error  clipped %  SQNR dB  codes used %    worst tile
+conv1        3.40        0.80     -0.10        0.50      12.00     9.12         93.75  1 at 7.00 dB
+fc           0.00           -      0.00           -          -        -             -             -
 
-diagnosis  largest loss alone: conv1
+diagnosis  layer conv1 costs most
 seconds    1.50"""
 
 

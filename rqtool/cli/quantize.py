@@ -26,6 +26,7 @@ def quantize(
     input: InputShape = None,
     out: Annotated[str | None, option("--out", metavar="FILE.rq", help="The file to write (default: named like the model, in the current folder).")] = None,
     no_twin: Annotated[bool, option("--no-twin", help="Do not train the ideal-ADC twin, which shows what the ADC alone costs.")] = False,
+    twin_out: Annotated[str | None, option("--twin-out", metavar="FILE.rq", help="Save the ideal-ADC twin as well.")] = None,
     state: State = None,
     threads: Threads = None,
     force: Force = False,
@@ -38,6 +39,6 @@ def quantize(
     use_threads(threads)
     done = rqtool.quantize(
         model, data, described, arch=arch, out=out or f"{Path(model).stem}.rq", recipe=rqtool.Recipe(**recipe), preprocess=pixels, input_shape=shape,
-        twin=not no_twin, state=state, force=force, progress=make_progress(),
+        twin=not no_twin, twin_out=twin_out, state=state, force=force, progress=make_progress(),
     )  # fmt: skip
     return done.to_json()

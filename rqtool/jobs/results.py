@@ -7,6 +7,7 @@ from typing import Any
 
 from rqtool.hardware.macro import Macro
 from rqtool.train.finetune import Recipe
+from rqtool.train.paired import Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class Tuned:
 
     tuned: after `recipe.epochs` epochs, the integer program that was saved. agreement: percent of images on which the integer
     program and the network that is served, its graph run in floating point, name the same class (train/served.py). roll_backs:
-    epochs that diverged and were done again, each at half the rate.
+    epochs that diverged and were done again, each at half the rate. epochs: a row for each epoch, as docs/json.md describes it.
     """
 
     out: str | None
@@ -29,6 +30,7 @@ class Tuned:
     held_out_images: int
     chosen: str
     roll_backs: int
+    epochs: list[dict[str, Any]]
     layers: list[dict[str, Any]]
     seconds: float
     warnings: tuple[str, ...] = ()
@@ -43,17 +45,24 @@ class Tuned:
 
     def _training(self) -> dict[str, Any]:
         """How it was trained and measured: the keys after the metrics."""
-        return self._named("measured_on", "train_images", "held_out_images", "chosen", "roll_backs")
+        return self._named("measured_on", "train_images", "held_out_images", "chosen", "roll_backs", "epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized(Tuned):
     """What `quantize` found, beside what `Tuned` says. float: the model as it came. ptq: calibrated, not trained. ideal: the twin
-    with an ideal ADC, trained equally long."""
+    with an ideal ADC, trained equally long; twin_chosen: its chosen state; twin_out: the file it was saved to. adc_loss: twin
+    minus tuned on the same images, with its paired error; None without a twin, and where the macro's ADC is ideal. chain: what
+    each step cost, a row for each, as docs/json.md describes it.
+    """
 
     float_top1: float
     ptq_top1: float
     ideal_top1: float | None
+    twin_chosen: str | None
+    adc_loss: Loss | None
+    chain: list[dict[str, Any]]
+    twin_out: str | None = None
     islands: tuple[str, ...] = ()
 
     @property
@@ -67,24 +76,33 @@ class Quantized(Tuned):
 
     def to_json(self) -> dict[str, Any]:
         top1 = self._named("float_top1", "ptq_top1", "tuned_top1", "ideal_top1")
+        metrics = {**top1, **_loss("adc_loss", self.loss, self.adc_loss), **self._named("agreement", "images", "reads_per_mac")}
+        twin = self._named("twin_chosen", "twin_out")
         return {
-            "command": "quantize", **self._described(), "metrics": {**top1, "adc_loss": self.loss, **self._named("agreement", "images", "reads_per_mac")},
-            **self._training(), "warnings": list(self.warnings), "fully_integer": not self.islands, "islands": list(self.islands), "layers_off_macro": [], **self._named("layers", "seconds"),
+            "command": "quantize", **self._described(), "metrics": metrics, "chain": self.chain, **self._training(), **twin, "warnings": list(self.warnings),
+            "fully_integer": not self.islands, "islands": list(self.islands), "layers_off_macro": [], **self._named("layers", "seconds"),
         }  # fmt: skip
+
+
+def _loss(name: str, points: float | None, loss: Loss | None) -> dict[str, Any]:
+    """A difference in points with its paired error; the errors are None where nothing was compared."""
+    return {name: points, f"{name}_se": loss.se if loss else None, f"{name}_interval": list(loss.interval) if loss else None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained(Tuned):
-    """What `train_more` found, beside what `Tuned` says. before: the integer program as it came. recipe: of these epochs; history: the
-    recipes of all trainings before, oldest first."""
+    """What `train_more` found, beside what `Tuned` says. before: the integer program as it came; gain: tuned minus before on the
+    same images, with its paired error. recipe: of these epochs; history: the recipes of all trainings before, oldest first."""
 
     source: str
     history: list[Recipe]
     before_top1: float
+    gain: Loss
 
     def to_json(self) -> dict[str, Any]:
         history = [recipe.to_dict() for recipe in self.history]
-        metrics = self._named("before_top1", "tuned_top1", "agreement", "images")
+        gain = _loss("gain", self.gain.points, self.gain)
+        metrics = {**self._named("before_top1", "tuned_top1"), **gain, **self._named("agreement", "images")}
         about = {**self._training(), "warnings": list(self.warnings), **self._named("layers", "seconds")}
         return {"command": "train", "source": self.source, **self._described(), "history": history, "metrics": metrics, **about}
 

@@ -15,6 +15,15 @@ from rqtool.checkpoint import Checkpoint
 from rqtool.errors import ConfigError, InputError, escaped
 from rqtool.hardware.macro import Macro
 from rqtool.jobs.alarms import Alarms
+from rqtool.jobs.chain import (
+    Step,
+    calibrated_steps,
+    chain_rows,
+    epoch_rows,
+    say_what_the_twin_is,
+    say_what_training_brought,
+    tuned_step,
+)
 from rqtool.jobs.prepare import Silent, check_augment, fitting_images, prepare, read_data, ready_kernels, sample, split
 from rqtool.jobs.results import Quantized, Trained
 from rqtool.model.data import Data, Preprocess
@@ -22,14 +31,16 @@ from rqtool.model.network import Network
 from rqtool.program.ir import Program
 from rqtool.program.numbers import Numbers
 from rqtool.storage import check_writable
-from rqtool.train.finetune import Recipe, Run, consider_norms, fitting_network, top1
+from rqtool.train.finetune import Recipe, Run, consider_norms, fitting_network
 from rqtool.train.frozen import lower, peaks_of
-from rqtool.train.measure import layer_table, percent, predictions, real_predictions
+from rqtool.train.measure import hits, layer_table, percent, predictions, real_predictions
+from rqtool.train.paired import Loss, paired
 from rqtool.train.rewrite import plans
 from rqtool.train.served import Served
 from rqtool.train.stages import MAIN, TWIN, Job, Stages
 from rqtool.train.state import Runs, about_job, kept_runs
 
+TEACH = ", or --teacher float"  # what `quantize` has beside the learning rate, and `train` has not
 PEAK_IMAGES, PEAK_BATCH = 512, 128  # images behind the ranges of grids
 STAYS = {
     "seed": "it decides which images are held out", "held_out": "its images have chosen the network",
@@ -49,6 +60,7 @@ def quantize(
     preprocess: Preprocess | dict[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
     twin: bool = True,
+    twin_out: str | Path | None = None,
     state: str | Path | None = None,
     force: bool = False,
     progress: Any = None,
@@ -58,30 +70,39 @@ def quantize(
     model: a file, a built-in name or a torch module (it is not changed). data: as `load_data` reads it; needs training images.
     input_shape: what one image is for the model, (C, H, W), (C, L) or (F,), where it is not what the data set says.
     preprocess: what a pixel is worth; a dictionary changes only those fields of the default for this data set.
-    twin: also train the ideal-ADC twin equally long, which shows what the ADC alone costs. state: a file that is replaced after every
-    epoch; where it exists, the same job goes on from it, to the same bits on the same number of threads. Raises RqError's kinds.
+    twin: also train the ideal-ADC twin equally long, which shows what the ADC alone costs; twin_out: save it as a .rq file, too.
+    state: a file that is replaced after every epoch; where it exists, the same job goes on from it, to the same bits on the same
+    number of threads. Raises RqError's kinds.
     """
     started, macro, recipe, progress = time.monotonic(), macro or Macro(), recipe or Recipe(), progress or Silent()
     if out is not None:
         check_writable(out, force)
+    _check_twin_out(macro, out, twin, twin_out, force)
     alarms = Alarms(progress)
     job = prepare(model, data, arch, recipe, preprocess, input_shape, progress, alarms)
     plans(job.network.graph, macro)  # what the macro cannot hold is refused before any work
     ready_kernels(progress, training=recipe.epochs + recipe.ideal_epochs > 0)
     with progress.stage("float model", 1) as done:
-        float_top1 = top1(job.network, job.test)[0]
+        right = hits(job.network, job.test)
         done()
     stages = Stages(job, macro, recipe, progress, _runs(state, macro, job, recipe))
     network, best = stages.calibrated(macro, "calibration")
+    steps = [Step("float", right), *calibrated_steps(network, job, best.top1, progress)]
     measured = _measured(network, macro, job, progress, "post-training")
     ptq_top1 = measured.top1
     network, run = stages.main(network, best)
+    steps.append(tuned_step(network, job, best, run.best, progress))
+    say_what_training_brought(alarms, run, recipe, len(job.train), _lost_by_calibration(steps), TEACH)
     if run.best is not best:  # else nothing better was found, and that is measured already
         measured = _measured(network, macro, job, progress, "integer program")
-    ideal_top1 = _twin(stages, measured.top1) if twin else None
+    ideal = _twin(stages, run, measured, alarms) if twin else None
     figures = _figures(stages, network, run, measured, out, started, alarms)
-    result = Quantized(**figures, float_top1=float_top1, ptq_top1=ptq_top1, ideal_top1=ideal_top1)
+    chain = chain_rows([*steps, Step("frozen", measured.right(job))])
+    about = {"float_top1": percent(right), "ptq_top1": ptq_top1, "chain": chain, **_against(ideal, measured, job)}
+    result = Quantized(**figures, **about, twin_out=None if twin_out is None else str(twin_out))
     _save(result, network, measured, job, force)
+    if twin_out is not None:
+        _save_twin(result, stages, ideal, force)
     return result
 
 
@@ -111,12 +132,15 @@ def train_more(
     stages = Stages(job, saved.macro, recipe, progress, _runs(state, saved.macro, job, recipe))
     ready_kernels(progress, training=recipe.epochs > 0)
     with progress.stage("integer program before", len(job.test)) as done:
-        before = percent(predictions(saved.program, job.test.images, done) == job.test.images.y)
+        before = predictions(saved.program, job.test.images, done) == job.test.images.y
     network = saved.network
     best = consider_norms("as before", network, job.train, job.held, recipe, None)
     run = stages.tuned(network, best, recipe, None, MAIN)
+    say_what_training_brought(alarms, run, recipe, len(job.train), None, "")
     measured = _measured(network, saved.macro, job, progress, "integer program")
-    result = Trained(**_figures(stages, network, run, measured, out, started, alarms), source=str(source), history=history, before_top1=before)
+    gain = paired(measured.right(job), before)
+    about = {"source": str(source), "history": history, "before_top1": percent(before), "gain": gain}
+    result = Trained(**_figures(stages, network, run, measured, out, started, alarms), **about)
     _save(result, network, measured, job, force)
     return result
 
@@ -150,10 +174,65 @@ def _runs(state: str | Path | None, macro: Macro, job: Job, recipe: Recipe) -> R
     return Runs() if state is None else kept_runs(state, about_job(job.network, macro, recipe, [job.train, job.held]))
 
 
-def _twin(stages: Stages, tuned_top1: float) -> float:
+def _check_twin_out(
+    macro: Macro, out: str | Path | None, twin: bool, twin_out: str | Path | None, force: bool
+) -> None:
+    """Refuse a file for a twin that there will not be, or that cannot be written."""
+    if twin_out is None:
+        return
+    if not twin:
+        raise ConfigError("--twin-out saves the ideal-ADC twin, which --no-twin leaves out; use one of the two")
+    if macro.ideal:
+        raise ConfigError("--twin-out: with --adc-bits ideal the network is its own twin; leave --twin-out out")
+    target = check_writable(twin_out, force, option="--twin-out")
+    if out is not None and target == check_writable(out, force):
+        raise ConfigError(f"{escaped(twin_out)}: is the file of --out, too; give another --twin-out")
+
+
+def _lost_by_calibration(steps: list[Step]) -> Loss:
+    """What calibration cost against the float model, all of it."""
+    calibrated = [step.right for step in steps if step.name != "tuned" and step.right is not None]
+    return paired(steps[0].right, calibrated[-1])
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The ideal-ADC twin, measured. network: None where the macro's own network is its twin."""
+
+    network: Network | None
+    run: Run
+    measured: Measured
+
+
+def _twin(stages: Stages, run: Run, measured: Measured, alarms: Alarms) -> Twin:
     if stages.macro.ideal:
-        return tuned_top1
-    return _measured(stages.twin, stages.macro.with_ideal_adc(), stages.job, stages.progress, TWIN).top1
+        return Twin(None, run, measured)
+    network, twin_run = stages.twin_run
+    say_what_the_twin_is(alarms, twin_run)
+    macro, job = stages.macro.with_ideal_adc(), stages.job
+    return Twin(network, twin_run, _measured(network, macro, job, stages.progress, TWIN))
+
+
+def _against(twin: Twin | None, measured: Measured, job: Job) -> dict[str, Any]:
+    """The fields of `Quantized` that compare with the twin."""
+    if twin is None:
+        return {"ideal_top1": None, "twin_chosen": None, "adc_loss": None}
+    loss = None if twin.network is None else paired(twin.measured.right(job), measured.right(job))
+    return {"ideal_top1": twin.measured.top1, "twin_chosen": twin.run.best.name, "adc_loss": loss}
+
+
+def _save_twin(result: Quantized, stages: Stages, twin: Twin, force: bool) -> None:
+    """Write the twin as a .rq file, with its own figures."""
+    job, measured, macro = stages.job, twin.measured, stages.macro.with_ideal_adc()
+    top1 = {"float_top1": result.float_top1, "tuned_top1": measured.top1}
+    results = {
+        "command": "quantize", "out": result.twin_out, "twin_of": result.out,
+        "metrics": {**top1, "images": result.images}, "measured_on": job.measured_on,
+        "chosen": twin.run.best.name, "epochs": epoch_rows(twin.run),
+    }  # fmt: skip
+    about = (job.preprocess, job.classes, result.recipe.to_dict(), results)
+    saved = Checkpoint(macro, twin.network, measured.program, measured.peaks, *about)
+    saved.save(result.twin_out, force)
 
 
 @dataclass(frozen=True)
@@ -166,6 +245,10 @@ class Measured:
     peaks: dict[str, float]
     found: np.ndarray
     top1: float
+
+    def right(self, job: Job) -> np.ndarray:
+        """bool [N]: which of the test images the program names rightly."""
+        return self.found == job.test.images.y
 
 
 def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str) -> Measured:
@@ -183,7 +266,7 @@ def _figures(stages: Stages, network: Network, run: Run, measured: Measured, out
     return {
         "out": None if out is None else str(out), "macro": stages.macro, "recipe": stages.recipe, "tuned_top1": measured.top1, "agreement": agreement,
         "images": len(job.test), "measured_on": job.measured_on, "train_images": len(job.train), "held_out_images": len(job.held), "chosen": run.best.name,
-        "roll_backs": run.roll_backs, "layers": layer_table(network, sample(network, job.train)), "seconds": round(time.monotonic() - started, 1), "warnings": tuple(alarms.sentences),
+        "roll_backs": run.roll_backs, "epochs": epoch_rows(run), "layers": layer_table(network, sample(network, job.train)), "seconds": round(time.monotonic() - started, 1), "warnings": tuple(alarms.sentences),
     }  # fmt: skip
 
 

@@ -11,7 +11,10 @@ from rqtool.report.text import number, pairs, paragraphs, table
 
 Data = dict[str, Any]
 PLAN_HEADERS = ("layer", "kind", "kernel", "rows", "columns", "tiles", "planes", "p range", "acc bits", "positions", "reads", "reads/MAC", "cycles")
-DIAGNOSIS_HEADERS = ("layer", "loss alone", "regained", "clipped %", "SQNR dB", "codes used %", "worst tile")
+CHAIN_HEADERS = ("top-1 %", "cost", "std. error", "held-out %")
+CHAIN = {"float": "float model", "ideal ADC": "quantized, ideal ADC", "ADC": "quantized, ADC", "tuned": "fine-tuned", "frozen": "integer program"}
+TWIN_HEADERS = ("integer program", "top-1 %", "chosen state")
+DIAGNOSIS_HEADERS = ("layer", "loss alone", "std. error", "regained", "std. error", "clipped %", "SQNR dB", "codes used %", "worst tile")
 INTEGER_HEADERS = ("layer", "rows", "columns", "tiles", "reads/MAC", "step", "zero", "clipped %")
 
 
@@ -21,14 +24,40 @@ def _macro(data: Data) -> str:
 
 def quantized(data: Data, width: int | None = None) -> str:
     """The closing figures of `quantize`."""
-    return paragraphs(pairs([("macro", _macro(data))], width), _accuracies(data, width), _layers(data, width), pairs(_closing(data), width))
+    figures = (_chain(data, width), _against_the_twin(data, width))
+    return paragraphs(pairs([("macro", _macro(data))], width), *figures, _layers(data, width), pairs(_closing(data), width))
 
 
-def _accuracies(data: Data, width: int | None) -> str:
-    m, loss = data["metrics"], data["metrics"]["adc_loss"]
-    rows = [("float", m["float_top1"]), ("post-training", m["ptq_top1"]), ("fine-tuned", m["tuned_top1"]), ("ideal-ADC twin", m["ideal_top1"])]
-    rows.append(("loss to the ADC", loss))
-    return table([f"top-1 on {m['images']} {data['measured_on']} images", "%"], [(name, number(value)) for name, value in rows], width)
+def _chain(data: Data, width: int | None) -> str:
+    """The networks after every step on the same images, and what each step cost against the one before."""
+    rows = [(CHAIN[r["step"]], *map(number, (r["top1"], r["loss"], r["se"], r["held_out_top1"]))) for r in data["chain"]]
+    return table([_images(data), *CHAIN_HEADERS], rows, width)
+
+
+def _images(data: Data) -> str:
+    return f"{data['metrics']['images']} {data['measured_on']} images"
+
+
+def _against_the_twin(data: Data, width: int | None) -> str:
+    m = data["metrics"]
+    rows = [("post-training", number(m["ptq_top1"]), "-"), ("fine-tuned", number(m["tuned_top1"]), data["chosen"])]
+    twin = [("ideal-ADC twin", number(m["ideal_top1"]), data["twin_chosen"])] if m["ideal_top1"] is not None else []
+    return table(TWIN_HEADERS, rows + twin, width)
+
+
+def _loss_to_the_adc(m: Data) -> str:
+    """Against a twin; `eval --diagnose` has the other loss, of the same weights."""
+    if m["adc_loss"] is None:
+        return "not measured (--no-twin)"
+    return f"{_points(m, 'adc_loss')}, against the twin trained with an ideal ADC"
+
+
+def _points(m: Data, name: str) -> str:
+    """A difference in points with its paired error."""
+    if m[f"{name}_se"] is None:
+        return f"{number(m[name])} points"
+    lo, hi = m[f"{name}_interval"]
+    return f"{number(m[name])} points, standard error {number(m[f'{name}_se'])}, 95 % interval {number(lo)} to {number(hi)}"
 
 
 def _layers(data: Data, width: int | None) -> str:
@@ -43,11 +72,13 @@ def _layer_row(r: Data) -> list[Any]:
 def _closing(data: Data) -> list[tuple[str, str]]:
     integer = "yes" if data["fully_integer"] else f"no, but for {', '.join(data['islands'])}"
     return [
+        ("loss to the ADC", _loss_to_the_adc(data["metrics"])),
         ("fully integer", integer),
         ("layers off the macro", ", ".join(data["layers_off_macro"]) or "none"),
         ("reads per MAC", number(data["metrics"]["reads_per_mac"])),
         *_how(data),
         ("file", data["out"] or "not saved"),
+        *([("twin's file", data["twin_out"])] if data["twin_out"] else []),
         ("seconds", number(data["seconds"])),
         *_warnings(data),
     ]
@@ -61,9 +92,9 @@ def trained(data: Data, width: int | None = None) -> str:
     """The closing figures of `train`."""
     m = data["metrics"]
     rows = [("before", number(m["before_top1"])), ("after", number(m["tuned_top1"]))]
-    figures = table([f"top-1 on {m['images']} {data['measured_on']} images", "%"], rows, width)
+    figures = table([_images(data), "top-1 %"], rows, width)
     before = sum(recipe["epochs"] + recipe["ideal_epochs"] for recipe in data["history"])
-    closing = [("trained before", _epochs(before)), *_how(data), ("file", data["out"] or "not saved"), ("seconds", number(data["seconds"])), *_warnings(data)]
+    closing = [("gain", _points(m, "gain")), ("trained before", _epochs(before)), *_how(data), ("file", data["out"] or "not saved"), ("seconds", number(data["seconds"])), *_warnings(data)]
     return paragraphs(pairs([("macro", _macro(data))], width), figures, _layers(data, width), pairs(closing, width))
 
 
@@ -104,8 +135,9 @@ def evaluated(data: Data, width: int | None = None) -> str:
 
 def diagnosed(data: Data, width: int | None = None) -> str:
     """What `eval --diagnose` found: the layers in network order, and which of them is to blame."""
-    figures = [("all ADCs real", number(data["real_top1"])), ("all ADCs ideal", number(data["ideal_top1"]))]
-    accuracies = table([f"network on {data['images']} {data['measured_on']} images", "top-1 %"], figures, width)
+    same = [number(data[name]) for name in ("adc_loss_same_weights", "adc_loss_same_weights_se")]
+    figures = [("all ADCs ideal", number(data["ideal_top1"]), "-", "-"), ("all ADCs real", number(data["real_top1"]), *same)]
+    accuracies = table([f"{data['images']} {data['measured_on']} images", "top-1 %", "cost, same weights", "std. error"], figures, width)
     plots = [("plots", ", ".join(data["plots"]))] if data["plots"] else []
     closing = pairs([("diagnosis", data["sentence"]), *plots, ("seconds", number(data["seconds"]))], width)
     return paragraphs(accuracies, table(DIAGNOSIS_HEADERS, map(_diagnosis_row, data["layers"]), width), closing)
@@ -113,7 +145,8 @@ def diagnosed(data: Data, width: int | None = None) -> str:
 
 def _diagnosis_row(r: Data) -> list[Any]:
     worst = "-" if r["worst_tile"] is None else f"{r['worst_tile']} at {number(r['tiles'][r['worst_tile']]['sqnr'])} dB"
-    return [r["layer"], number(r["loss_alone"]), number(r["regained"]), _share(r["clip_rate"]), number(r["sqnr"]), _share(r["codes_used"]), worst]
+    losses = [number(r[name]) for name in ("loss_alone", "loss_alone_se", "regained", "regained_se")]
+    return [r["layer"], *losses, _share(r["clip_rate"]), number(r["sqnr"]), _share(r["codes_used"]), worst]
 
 
 def _share(x: float | None) -> str:

@@ -6,13 +6,14 @@
     codes used    share of the codes that occur at all
     loss alone    top-1 with all ADCs ideal, less top-1 with only this one real
     regained      top-1 with only this one ideal, less top-1 with all ADCs real
+
+The last two are differences on the same images, each with its paired standard error.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,19 @@ from rqtool.hardware import adc
 from rqtool.kernels.spec import level_codes
 from rqtool.mapping.plan import Plan
 from rqtool.model.network import Network
-from rqtool.train.finetune import EVAL_BATCH, Feed, fitting_network
+from rqtool.train.finetune import Feed
 from rqtool.train.histogram import tile_histograms
 from rqtool.train.layers import ReadLayer, group_shape
-from rqtool.train.measure import clip_bounds, watched
+from rqtool.train.measure import clip_bounds, hits, ideal_adcs, percent, watched
+from rqtool.train.paired import Loss, paired
 from rqtool.train.rewrite import read_layers
 
 CLIPPED, CLIP_NOISE = 0.01, 0.5  # more reads beyond full scale, which make more of the error: the range is too small
+BEYOND = 2.0  # paired standard errors: a layer that costs more than so many stands out
+CULPRIT = {
+    "loss_alone": "its ADC alone loses {points:.2f} points (standard error {se:.2f})",
+    "regained": "{points:.2f} points (standard error {se:.2f}) come back when its ADC alone is ideal",
+}
 FEW_CODES = 0.5  # fewer of the codes in use than this: the range is too large
 REASONS = {
     "range too small": "its range is too small",
@@ -170,20 +177,6 @@ def look(network: Network, x: torch.Tensor) -> dict[str, Seen]:
 
 
 # -- what the network loses to it ---------------------------------------------------------------------------------------
-@contextmanager
-def ideal_adcs(network: Network, names: Collection[str]) -> Iterator[None]:
-    """Within: the layers `names` are read by ideal ADCs, all others by their own; afterwards all are as before."""
-    layers = read_layers(network)
-    before = {name: layer.ideal_adc for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            layer.ideal_adc = name in names
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.ideal_adc = before[name]
-
-
 def trials(network: Network) -> list[frozenset[str]]:
     """Which layers are ideal in each measurement: none, all, all but one, only one. A network with ideal ADCs has nothing to try."""
     layers = read_layers(network)
@@ -193,24 +186,12 @@ def trials(network: Network) -> list[frozenset[str]]:
     return list(dict.fromkeys([frozenset(), every, *(every - {name} for name in layers), *(frozenset({name}) for name in layers)]))
 
 
-@torch.no_grad()
-def accuracy(network: Network, feed: Feed, done: Callable[[int], None] = lambda n: None) -> float:
-    """Percent of images whose largest score is the label's, in eval mode; done(n) after each n images."""
-    network.eval()
-    hits, size = 0, fitting_network(network, EVAL_BATCH)
-    for at in range(0, len(feed), size):
-        labels = feed.labels(slice(at, at + size))
-        hits += int((network(feed.real(slice(at, at + size))).argmax(1) == labels).sum())
-        done(len(labels))
-    return 100 * hits / len(feed)
-
-
-def accuracies(network: Network, feed: Feed, done: Callable[[int], None] = lambda n: None) -> dict[frozenset[str], float]:
-    """Top-1 in percent for every one of `trials`."""
+def tried(network: Network, feed: Feed, done: Callable[[int], None] = lambda n: None) -> dict[frozenset[str], np.ndarray]:
+    """Which images are right, bool [N], in every one of `trials`."""
     found = {}
     for ideal in trials(network):
         with ideal_adcs(network, ideal):
-            found[ideal] = accuracy(network, feed, done)
+            found[ideal] = hits(network, feed, done)
     return found
 
 
@@ -219,8 +200,10 @@ def accuracies(network: Network, feed: Feed, done: Callable[[int], None] = lambd
 class Diagnosis:
     """Which layer's ADC costs most. Accuracies in percent of `images` images, by the trained network in floating point.
 
-    counting_error: two standard errors of top-1 on so many images, in points, and at least one image. worst: the layer that loses most
-    alone, None where none loses more than that; reason: of REASONS. layers: rows in network order, as docs/json.md describes them.
+    adc_loss_same_weights: `ideal_top1` - `real_top1`, one network with its ADCs ideal and with its own. That is not the loss
+    of `quantize`, whose twin was trained with ideal ADCs. Every *_se is a paired standard error (train/paired.py). worst: the
+    layer that stands out most, None where none does; worst_by: the column where it does, "loss_alone" or "regained"; reason:
+    of REASONS. layers: rows in network order, as docs/json.md describes them.
     """
 
     source: str
@@ -229,8 +212,10 @@ class Diagnosis:
     sample_images: int
     real_top1: float
     ideal_top1: float
-    counting_error: float
+    adc_loss_same_weights: float
+    adc_loss_same_weights_se: float | None
     worst: str | None
+    worst_by: str | None
     reason: str | None
     sentence: str
     layers: list[dict[str, Any]]
@@ -244,15 +229,29 @@ class Diagnosis:
 NOTHING = {"clip_rate": None, "clip_noise": None, "sqnr": None, "codes_used": None}
 
 
-def layer_rows(found: dict[str, Seen], top1: dict[frozenset[str], float], names: Collection[str]) -> list[dict[str, Any]]:
-    """A row for each layer: its figures, what it loses alone, what is regained without it, its tiles, and the worst of them."""
+def layer_rows(found: dict[str, Seen], right: dict[frozenset[str], np.ndarray], names: Collection[str]) -> list[dict[str, Any]]:
+    """A row for each layer: its figures, what it loses alone, what is regained without it, its tiles, and the worst of them.
+
+    right: as from `tried`.
+    """
     none, every = frozenset(), frozenset(names)
     rows = []
     for name in names:
-        loss, regained = (0.0, 0.0) if every not in top1 else (top1[every] - top1[every - {name}], top1[frozenset({name})] - top1[none])
+        losses = dict.fromkeys(("loss_alone", "regained"))
+        if every in right:
+            alone, without = right[every - {name}], right[frozenset({name})]
+            losses = {"loss_alone": paired(right[every], alone), "regained": paired(without, right[none])}
         figures, tiles = (found[name].figures, found[name].tiles) if name in found else (NOTHING, [])
-        rows.append({"layer": name, "loss_alone": loss, "regained": regained, **figures, "worst_tile": worst_tile(tiles), "tiles": tiles})
+        rows.append({"layer": name, **_columns(losses), **figures, "worst_tile": worst_tile(tiles), "tiles": tiles})
     return rows
+
+
+def _columns(losses: dict[str, Loss | None]) -> dict[str, float | None]:
+    """The columns of losses, each with its standard error; a layer with an ideal ADC loses 0, which is no estimate."""
+    columns: dict[str, float | None] = {}
+    for name, loss in losses.items():
+        columns |= {name: loss.points if loss else 0.0, f"{name}_se": loss.se if loss else None}
+    return columns
 
 
 def worst_tile(tiles: list[dict[str, Any]]) -> int | None:
@@ -263,17 +262,6 @@ def worst_tile(tiles: list[dict[str, Any]]) -> int | None:
     """
     changed = [row for row in tiles if row["sqnr"] is not None]
     return min(changed, key=lambda row: row["sqnr"])["tile"] if changed else None
-
-
-def counting_error(top1: float, images: int) -> float:
-    """Two standard errors of a share of `top1` percent counted on so many images, in points; at least what one image is worth.
-
-    The largest of many losses is not rarely beyond one standard error when all are chance.
-
-    >>> counting_error(90.0, 900), counting_error(100.0, 200)
-    (2.0, 0.5)
-    """
-    return max(2 * math.sqrt(top1 * (100 - top1) / images), 100 / images)
 
 
 def reason(figures: dict[str, Any]) -> str:
@@ -290,17 +278,37 @@ def reason(figures: dict[str, Any]) -> str:
     return "range too large" if figures["codes_used"] < FEW_CODES else "resolution too low"
 
 
-def verdict(rows: list[dict[str, Any]], real: float, ideal: float, error: float) -> dict[str, str | None]:
-    """worst, reason and the sentence that says so; real, ideal: top-1 with all ADCs real and all ideal; error: the counting error."""
-    if all(row["clip_rate"] is None for row in rows):
-        return {"worst": None, "reason": None, "sentence": "every ADC is ideal, so nothing is lost to one"}
-    row = max(rows, key=lambda row: row["loss_alone"])
-    if row["loss_alone"] <= error:
-        said = f"no layer alone loses more than the counting error of the images, {error:.2f} points; all together lose {ideal - real:.2f}"
-        return {"worst": None, "reason": None, "sentence": said}
-    sqnr = "no loss in the sample" if row["sqnr"] is None else f"SQNR {row['sqnr']:.1f} dB"
-    head = f"largest loss alone: {escaped(row['layer'])}, {row['loss_alone']:.2f} points; clip {100 * row['clip_rate']:.1f} %, {sqnr}"
-    return {"worst": row["layer"], "reason": reason(row), "sentence": f"{head}: {REASONS[reason(row)]}"}
+def significance(row: dict[str, Any], column: str) -> float:
+    """How many paired standard errors a column of a row is from zero; 0 where it is no estimate."""
+    return row[column] / row[f"{column}_se"] if row[f"{column}_se"] else 0.0
+
+
+def verdict(rows: list[dict[str, Any]], all_adcs: Loss | None) -> dict[str, str | None]:
+    """worst, worst_by, reason and the sentence that says so; all_adcs: what all ADCs cost together, None where all are ideal.
+
+    A layer stands out where either column is beyond two paired standard errors; the worst is the one farthest beyond.
+    """
+    nobody = {"worst": None, "worst_by": None, "reason": None}
+    if all_adcs is None:
+        return {**nobody, "sentence": "every ADC is ideal, so none costs any accuracy"}
+    places = [(row, column) for row in rows for column in CULPRIT]
+    row, column = max(places, key=lambda place: significance(*place))
+    if significance(row, column) <= BEYOND:
+        return {**nobody, "sentence": _nobody(all_adcs)}
+    sqnr = "no error in the sample" if row["sqnr"] is None else f"SQNR {row['sqnr']:.1f} dB"
+    cost = CULPRIT[column].format(points=row[column], se=row[f"{column}_se"])
+    head = f"layer {escaped(row['layer'])} costs most: {cost}; clip {100 * row['clip_rate']:.1f} %, {sqnr}"
+    named = {"worst": row["layer"], "worst_by": column, "reason": reason(row)}
+    return {**named, "sentence": f"{head}: {REASONS[reason(row)]}"}
+
+
+def _nobody(all_adcs: Loss) -> str:
+    verb = "cost" if all_adcs.points >= 0 else "gain"
+    total = f"all ADCs together {verb} {abs(all_adcs.points):.2f} points (standard error {all_adcs.se:.2f})"
+    head = "no layer stands out beyond two standard errors"
+    if all_adcs.significance <= BEYOND:
+        return f"{head}; {total}, which is not significant either"
+    return f"{head}, but {total}; use a larger --limit to tell the layers apart"
 
 
 def examine(network: Network, feed: Feed, sample: torch.Tensor, done: Callable[..., None]) -> tuple[dict[str, Seen], dict[str, Any]]:
@@ -311,10 +319,12 @@ def examine(network: Network, feed: Feed, sample: torch.Tensor, done: Callable[.
     names = list(read_layers(network))
     found = look(network, sample)
     done(len(feed))
-    top1 = accuracies(network, feed, done)
-    real = top1[frozenset()]
-    ideal = top1.get(frozenset(names), real)  # ideal ADCs were tried once
-    rows, error = layer_rows(found, top1, names), counting_error(ideal, len(feed))
-    said = verdict(rows, real, ideal, error)
+    right = tried(network, feed, done)
+    real, ideal = right[frozenset()], right.get(frozenset(names))  # ideal ADCs were tried once
+    all_adcs = None if ideal is None else paired(ideal, real)
+    rows = layer_rows(found, right, names)
+    said = verdict(rows, all_adcs)
     done(0, said["sentence"])
-    return found, {"images": len(feed), "sample_images": len(sample), "real_top1": real, "ideal_top1": ideal, "counting_error": error, **said, "layers": rows}
+    top1 = {"real_top1": percent(real), "ideal_top1": percent(real if ideal is None else ideal)}
+    lost = _columns({"adc_loss_same_weights": all_adcs})
+    return found, {"images": len(feed), "sample_images": len(sample), **top1, **lost, **said, "layers": rows}

@@ -32,6 +32,7 @@ EVAL_BATCH = 250
 NORM_BATCH = 256
 HELD_VALUES = 1 << 26  # numbers in the largest tensor of a batch, where nothing asks for a certain batch
 ROLL_BACKS = 3  # epochs done again at half the rate, before a run is given up
+EPOCH = "epoch"  # what the name of a candidate begins with that an epoch made
 GRADIENT_PEAK = 5.0  # the norm to which longer gradients are cut
 
 CHOICES = {"calibration": CALIBRATIONS, "rounding": ROUNDINGS, "mode": MODES, "zero": ("fixed", "learned"), "teacher": TEACHERS, "augment": AUGMENTS}
@@ -216,8 +217,20 @@ def consider_norms(name: str, network: Network, train: Feed, held: Feed, recipe:
 
 
 @dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to. top1, loss: of the better of its candidates on the held-out images; first_loss, last_loss: the
+    training loss, a mean over the first and over the last tenth of its steps."""
+
+    number: int
+    top1: float
+    loss: float
+    first_loss: float
+    last_loss: float
+
+
+@dataclass(frozen=True)
 class Run:
-    """Fine-tuning between two epochs: all that the next one starts from.
+    """Fine-tuning between two epochs: all that the next one starts from. history: the epochs done, in order.
 
     epoch: epochs done. roll_backs: epochs that diverged so far; each halved the rate. network: the state of the network; optim: what
     AdamW keeps of each parameter, "NUMBER/NAME" (empty before the first step).
@@ -228,6 +241,12 @@ class Run:
     best: Candidate
     network: dict[str, torch.Tensor]
     optim: dict[str, torch.Tensor]
+    history: tuple[Epoch, ...] = ()
+
+    @property
+    def improved(self) -> bool:
+        """Whether an epoch of it was chosen, and not the state before."""
+        return self.best.name.startswith(EPOCH)
 
 
 def finetune(
@@ -247,9 +266,11 @@ def finetune(
     while run.epoch < recipe.epochs:
         _restore(run, network, optim)
         try:
-            _epoch(network, optim, train, recipe, run, teacher, step_done)
-            best = consider_norms(f"epoch {run.epoch + 1}", network, train, held, recipe, run.best)
-            run = _run(run.epoch + 1, run.roll_backs, best, network, optim)
+            losses = _epoch(network, optim, train, recipe, run, teacher, step_done)
+            now = consider_norms(f"{EPOCH} {run.epoch + 1}", network, train, held, recipe, None)
+            best = now if now.better_than(run.best) else run.best
+            history = (*run.history, _epoch_row(run.epoch + 1, now, losses))
+            run = replace(_run(run.epoch + 1, run.roll_backs, best, network, optim), history=history)
         except CheckError as e:
             run = _rolled_back(run, recipe, e)
         epoch_done(run)
@@ -260,8 +281,10 @@ def finetune(
 
 def _epoch(
     network: Network, optim: torch.optim.Optimizer, train: Feed, recipe: Recipe, run: Run, teacher: Teacher | None, step_done: Callable[[float], None]
-) -> None:
+) -> list[float]:
+    """The loss of each step."""
     network.train()
+    losses = []
     torch.manual_seed(_seed(recipe.seed, run.epoch))
     order, per_epoch = batch_order(len(train), recipe.seed, run.epoch), steps_per_epoch(len(train), recipe)
     first, total, process = run.epoch * per_epoch, recipe.epochs * per_epoch, Watched()
@@ -271,13 +294,21 @@ def _epoch(
         x, labels = augmented(train.real(index), recipe.augment, (recipe.seed, step)), train.labels(index)
         loss = partial(teacher.lesson, index=index, remaining=1 - step / total) if teacher else untaught
         try:
-            step_done(train_step(network, optim, partial(loss, network, x, labels)))
+            losses.append(train_step(network, optim, partial(loss, network, x, labels)))
+            step_done(losses[-1])
             process.step_done()
         except FloatingPointError as e:
             raise CheckError(f"{e} after {step} of {total} steps; lower --lr {recipe.lr:g}, or check the model's weights and the images") from e
     _quiet(network)
     if not all(torch.isfinite(value).all() for value in network.state_dict().values()):
         raise CheckError(f"a weight is not a number after {first + per_epoch} of {total} steps; lower --lr {recipe.lr:g}")
+    return losses
+
+
+def _epoch_row(number: int, now: Candidate, losses: list[float]) -> Epoch:
+    tenth = -(-len(losses) // 10)
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    return Epoch(number, now.top1, now.loss, first, last)
 
 
 def batch_order(images: int, seed: int, epoch: int) -> np.ndarray:

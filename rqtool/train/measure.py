@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from math import prod
@@ -16,7 +16,7 @@ from rqtool.model.data import Images
 from rqtool.model.network import Network
 from rqtool.program.ir import Program
 from rqtool.program.run import Runner
-from rqtool.train.finetune import EVAL_BATCH, HELD_VALUES, fitting, fitting_network
+from rqtool.train.finetune import EVAL_BATCH, HELD_VALUES, Feed, fitting, fitting_network
 from rqtool.train.histogram import partial_sum_histogram
 from rqtool.train.layers import ReadLayer, group_shape
 from rqtool.train.rewrite import read_layers
@@ -40,8 +40,34 @@ def real_predictions(served: Served, images: Images) -> np.ndarray:
     return np.concatenate([served(x).argmax(1).numpy() for x in parts])
 
 
+@torch.no_grad()
+def hits(network: Network, feed: Feed, done: Callable[[int], None] = lambda n: None) -> np.ndarray:
+    """bool [N]: whether the largest score is the label's, in eval mode; done(n) after each n images."""
+    network.eval()
+    parts, size = [], fitting_network(network, EVAL_BATCH)
+    for at in range(0, len(feed), size):
+        labels = feed.labels(slice(at, at + size))
+        parts.append((network(feed.real(slice(at, at + size))).argmax(1) == labels).numpy())
+        done(len(labels))
+    return np.concatenate(parts)
+
+
 def percent(hits: np.ndarray) -> float:
     return 100 * float(np.mean(hits))
+
+
+@contextmanager
+def ideal_adcs(network: Network, names: Collection[str]) -> Iterator[None]:
+    """Within: the layers `names` are read by ideal ADCs, all others by their own; afterwards all are as before."""
+    layers = read_layers(network)
+    before = {name: layer.ideal_adc for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.ideal_adc = name in names
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.ideal_adc = before[name]
 
 
 def clip_rate(histogram: np.ndarray, layer: ReadLayer) -> float:

@@ -129,11 +129,14 @@ class Stages:
         return network
 
     @cached_property
-    def twin(self) -> Network:
-        """The same training with an ideal ADC throughout."""
+    def twin_run(self) -> tuple[Network, Run]:
+        """The same training with an ideal ADC throughout: the network in its chosen state, and how it came there."""
         network, best = self.calibrated(self.macro.with_ideal_adc(), f"{TWIN}: calibration", self.ideal_stage)
-        self.tuned(network, best, self.recipe, self.float_teacher, f"{TWIN}: fine-tuning")
-        return network
+        return network, self.tuned(network, best, self.recipe, self.float_teacher, f"{TWIN}: fine-tuning")
+
+    @property
+    def twin(self) -> Network:
+        return self.twin_run[0]
 
     def main(self, network: Network, best: Candidate) -> tuple[Network, Run]:
         """The network trained through the macro's own ADC, from the calibrated one."""

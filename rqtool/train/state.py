@@ -24,7 +24,7 @@ from rqtool.errors import ConfigError, InputError, escaped
 from rqtool.hardware.macro import Macro
 from rqtool.model.network import Network
 from rqtool.storage import check_writable, load_tensors, save_tensors
-from rqtool.train.finetune import Candidate, Feed, Recipe, Run
+from rqtool.train.finetune import Candidate, Epoch, Feed, Recipe, Run
 
 KIND = "training state"
 States = dict[str, torch.Tensor]
@@ -106,8 +106,10 @@ def _tensors(run: Run) -> States:
 
 
 def _figures(run: Run) -> dict[str, Any]:
-    """JSON data; the loss in hexadecimal, which holds every bit and what is no number."""
-    return {"epoch": run.epoch, "roll_backs": run.roll_backs, "chosen": run.best.name, "top1": run.best.top1, "loss": run.best.loss.hex()}
+    """JSON data; losses in hexadecimal, which holds every bit and what is no number."""
+    best = {"chosen": run.best.name, "top1": run.best.top1, "loss": run.best.loss.hex()}
+    history = [[e.number, *(value.hex() for value in (e.top1, e.loss, e.first_loss, e.last_loss))] for e in run.history]
+    return {"epoch": run.epoch, "roll_backs": run.roll_backs, **best, "history": history}
 
 
 def _under(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -117,4 +119,5 @@ def _under(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarr
 def _run(figures: dict[str, Any], tensors: dict[str, np.ndarray]) -> Run:
     network, best, optim = ({name: torch.from_numpy(a) for name, a in _under(tensors, room).items()} for room in ("network", "best", "optim"))
     candidate = Candidate(figures["chosen"], figures["top1"], float.fromhex(figures["loss"]), best)
-    return Run(figures["epoch"], figures["roll_backs"], candidate, network, optim)
+    history = tuple(Epoch(number, *map(float.fromhex, values)) for number, *values in figures.get("history", []))
+    return Run(figures["epoch"], figures["roll_backs"], candidate, network, optim, history)
