@@ -76,14 +76,12 @@ def orders_to(shape: Shape, wanted: Shape, own: Axes = PLAIN) -> list[Axes]:
     return found or [own]
 
 
-def other_orders(shape: Shape, axes: Axes, view: Shape) -> list[Axes]:
-    """The orders beside `axes` in which the same images have the shape `view` too, but other values in their places."""
-    if len(shape) not in (2, 3):
+def other_orders(shape: Shape, axes: Axes) -> list[Axes]:
+    """The orders beside `axes` that put the values of an image of `shape` into other places, as other tools would."""
+    if len(shape) not in (2, 3) or min(_three(shape)[1:]) == 1:
         return []
-    c, h, w = _three(shape)
-    likely = [PLAIN, LAST] if c > 1 else [PLAIN, SWAPPED] if len(view) == 2 else [PLAIN]
-    fitting = [a for a in likely if len(view) == 1 or _long(_permuted(shape, a)) == _long(view)]
-    return [a for a in fitting if a != axes and axes in likely] if min(_long((h, w, c)), default=1) > 1 else []
+    likely = (PLAIN, SWAPPED) if _three(shape)[0] == 1 else (PLAIN, LAST, SWAPPED)
+    return [a for a in likely if a != axes]
 
 
 def channel_axis(axes: Axes, shape: Shape, channels: int) -> int:
