@@ -414,7 +414,7 @@ def test_folders_beside_the_parts_are_said(tmp_path):
     for part in ("train", "test", "val", "extra"):
         picture(tmp_path / part / "a" / "1.png", GREY[0])
     assert load_data(str(tmp_path)).notes == (
-        f"{tmp_path}: of its folders only test and train are read, not the folders extra, val; to measure on other images, name their folder test",
+        f"{tmp_path}: of its folders only train and test are read, not the folders extra, val; to measure on other images, name their folder test",
     )
 
 
