@@ -19,6 +19,7 @@ from PIL import Image
 
 from rqtool.errors import ConfigError, InputError
 from rqtool.model.data import Data, Images, Preprocess, batches, held_out, load_data, shuffled, subset
+from rqtool.model.folders import Sizing
 
 GREY = np.arange(4 * 5 * 6, dtype=np.uint8).reshape(4, 5, 6)
 LABELS = np.array([2, 0, 1, 2])
@@ -59,7 +60,7 @@ def test_a_single_set_is_for_measuring_unless_training_is_asked(tmp_path, names)
 
 def test_named_splits_win_over_a_single_set(tmp_path):
     data = load_data(npz(tmp_path / "a.npz", x=GREY, y=LABELS, x_train=GREY[:2], y_train=LABELS[:2]), unsplit="train")
-    assert data.test is None and len(data.train) == 2
+    assert data.test is None and len(data.train) == 2 and "only train is read, not x, y; " in data.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,45 @@ def test_any_array_is_read_or_refused(tmp_path_factory, x, n):
         assert images.x.dtype in (np.uint8, np.float32) and images.x.ndim in (2, 4) and len(images) == len(images.x) == n
 
 
+# -- names -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("train", "measured", "part"),
+    [
+        (("X_train", "Y_train"), ("X_test", "Y_test"), "test"), (("train_images", "train_labels"), ("test_images", "test_labels"), "test"),
+        (("trainX", "trainy"), ("testX", "testy"), "test"), (("data_train", "targets_train"), ("data-test", "targets-test"), "test"),
+        (("xtr", "ytr"), ("xte", "yte"), "test"), (("training_data", "training_labels"), ("x_val", "y_val"), "val"),
+        (("x_train", "y_train"), ("images_valid", "labels_valid"), "valid"), (("x_train", "y_train"), ("X.validation", "Y.validation"), "validation"),
+        (("x_train", "y_train"), ("dev_x", "dev_y"), "dev"),
+    ],
+)  # fmt: skip
+def test_parts_may_be_named_in_other_ways(tmp_path, train, measured, part):
+    data = load_data(npz(tmp_path / "a.npz", **dict(zip(train, (GREY, LABELS))), **dict(zip(measured, (GREY[1:] + 1, LABELS[1:])))))
+    assert same(data.train, GREY[:, None], LABELS) and same(data.test, GREY[1:, None] + 1, LABELS[1:])
+    assert (data.part, data.notes) == (part, ())
+
+
+def test_a_validation_part_beside_test_is_said(tmp_path):
+    arrays = {f"{w}_{p}": a for p in ("train", "val", "test") for w, a in (("x", GREY), ("y", LABELS))}
+    path = npz(tmp_path / "a.npz", **arrays)
+    data = load_data(path)
+    assert data.part == "test" and data.notes == (
+        f"{path}: only train and test are read, not x_val, y_val; to measure on other images, name them x_test and their labels y_test",
+    )
+
+
+def test_arrays_that_are_not_read_are_said(tmp_path):
+    path = npz(tmp_path / "a.npz", x=GREY, y=LABELS, extra=GREY, x_train=GREY)
+    assert load_data(path).notes == (
+        f"{path}: only images and their labels are read, not extra, x_train; to measure on other images, name them x_test and their labels y_test",
+    )
+
+
+def test_a_name_that_is_there_twice(tmp_path):
+    path = npz(tmp_path / "a.npz", images=GREY, labels=LABELS, x=GREY + 1, y=LABELS)
+    data = load_data(path)
+    assert same(data.test, GREY[:, None], LABELS) and ", not x, y; " in data.notes[0]
+
+
 # -- other files -------------------------------------------------------------------------------------------------------
 def test_a_source_that_is_not_there(tmp_path):
     npz(tmp_path / "mnist.npz", x=GREY, y=LABELS)
@@ -253,6 +293,18 @@ def test_idx_files_with_dots_and_wide_numbers(tmp_path):
     (tmp_path / "t10k-images.idx3-ubyte").write_bytes(idx((GREY / 8).astype(">f4"), 0x0D))
     (tmp_path / "t10k-labels.idx1-ubyte").write_bytes(idx(LABELS.astype(">i4"), 0x0C))
     assert same(load_data(str(tmp_path)).test, (GREY[:, None] / 8).astype(np.float32), LABELS)
+
+
+def test_mnist_folder_with_a_validation_part(tmp_path):
+    mnist(tmp_path, "train", GREY, LABELS, False)
+    mnist(tmp_path, "val", GREY[1:], LABELS[1:], False)
+    data = load_data(str(tmp_path))
+    assert same(data.test, GREY[1:, None], LABELS[1:]) and (data.part, data.notes) == ("val", ())
+    mnist(tmp_path, "t10k", GREY, LABELS, False)
+    data = load_data(str(tmp_path))
+    assert data.part == "test" and data.notes == (
+        f"{tmp_path}: only train and test are read, not val-images-idx3-ubyte; give such a file by its own name to measure on it",
+    )
 
 
 def test_idx_files_that_are_refused(tmp_path):
@@ -323,7 +375,7 @@ def test_class_folders(tmp_path):
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "a" / ".1.png").write_text("left by a file manager")
     data = load_data(str(tmp_path))
-    assert data.train is None
+    assert data.train is None and [note.split(" ")[1:3] for note in data.notes] == [["1", "file"], ["1", "file"]]
     assert same(data.test, RGB[[2, 1, 0, 3]].transpose(0, 3, 1, 2), np.array([0, 0, 1, 2]))
 
 
@@ -349,6 +401,77 @@ def test_palettes_and_alpha(tmp_path):
     assert load_data(str(tmp_path)).test.shape == (3, 5, 6)
 
 
+@pytest.mark.parametrize("name", ["val", "Valid", "validation", "dev", "TEST"])
+def test_folders_of_a_validation_part(tmp_path, name):
+    for n, file in enumerate(("train/b/1.png", "train/a/1.png", f"{name}/a/1.png", f"{name}/b/1.png")):
+        picture(tmp_path / file, GREY[n])
+    data = load_data(str(tmp_path))
+    assert same(data.train, GREY[[1, 0], None], np.array([0, 1])) and same(data.test, GREY[[2, 3], None], np.array([0, 1]))
+    assert (data.part, data.notes) == (name.lower(), ())
+
+
+def test_folders_beside_the_parts_are_said(tmp_path):
+    for part in ("train", "test", "val", "extra"):
+        picture(tmp_path / part / "a" / "1.png", GREY[0])
+    assert load_data(str(tmp_path)).notes == (
+        f"{tmp_path}: of its folders only train and test are read, not the folders extra, val; to measure on other images, name their folder test",
+    )
+
+
+def test_valid_may_be_a_class(tmp_path):
+    for n, name in enumerate(("valid", "invalid")):
+        picture(tmp_path / name / "1.png", GREY[n])
+    data = load_data(str(tmp_path))
+    assert same(data.test, GREY[[1, 0], None], np.array([0, 1])) and data.part == "test"
+
+
+def test_classes_differ_between_parts(tmp_path):
+    for name in ("train/a", "val/b"):
+        picture(tmp_path / name / "1.png", GREY[0])
+    assert refusal(tmp_path) == f"{tmp_path}: the class a is in only one of train and val; give both the same folders"
+
+
+def test_images_lie_deeper_than_their_class(tmp_path):
+    for n, name in enumerate(("a/1.png", "a/day/2.png", "a/day/noon/3.png", "b/4.png")):
+        picture(tmp_path / name, GREY[n])
+    data = load_data(str(tmp_path))
+    assert same(data.test, GREY[:, None], np.array([0, 0, 0, 1])) and data.notes == ()
+
+
+def test_files_that_are_not_read_are_said(tmp_path):
+    picture(tmp_path / "a" / "1.png", GREY[0])
+    for name in ("labels.csv", "a/notes.txt", "a/deep/more.tfrecord", "a/.1.png", "b/.gitkeep"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    suffixes = ".bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
+    assert load_data(str(tmp_path)).notes == (
+        f"{tmp_path}: 1 file beside the class folders is not read (labels.csv); put images into the folder of their class",
+        f"{tmp_path}: 2 files in class folders are not read, being no image ({suffixes}) (a/deep/more.tfrecord, a/notes.txt); turn what should be read into one of these",
+        f"{tmp_path}: 2 files that begin with a dot, or lie in such a folder, are not read (a/.1.png, b/.gitkeep); rename what should be read",
+        f"{tmp_path}: 1 class folder without an image still has a number of its own (b); remove what is no class",
+    )
+
+
+def test_images_of_many_sizes(tmp_path):
+    ramp = np.add.outer(np.arange(40), np.arange(60)).astype(np.uint8)
+    picture(tmp_path / "a" / "1.png", ramp)
+    picture(tmp_path / "a" / "2.png", ramp.T)
+    images = load_data(str(tmp_path), sizing=Sizing(20, 16)).test
+    expected = np.asarray(Image.fromarray(ramp).resize((30, 20), Image.Resampling.BILINEAR))[2:18, 7:23]
+    assert images.shape == (1, 16, 16) and (images.x[0, 0] == expected).all()
+    assert load_data(str(tmp_path), sizing=Sizing(crop=40)).test.shape == (1, 40, 40)
+    with pytest.raises(InputError) as e:
+        load_data(str(tmp_path), sizing=Sizing(crop=41))
+    assert str(e.value) == f"{tmp_path / 'a' / '1.png'}: is 60x40 pixels, too small for --crop 41; give --resize 41 as well, or more than that"
+
+
+@pytest.mark.parametrize("value", [0, 70_000, 2.5, True, "9"])
+def test_sizes_are_whole_numbers(value):
+    with pytest.raises(ConfigError) as e:
+        Preprocess(resize=value)
+    assert str(e.value) == f"--resize must be a whole number from 1 to 65535, not {value}"
+
+
 def test_image_folders_that_are_refused(tmp_path):
     assert refusal(tmp_path) == (
         f"{tmp_path}: has no class folders with images (.bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp); give {KINDS}"
@@ -356,7 +479,7 @@ def test_image_folders_that_are_refused(tmp_path):
     one, two = tmp_path / "a" / "1.png", tmp_path / "a" / "2.png"
     picture(one, GREY[0])
     picture(two, GREY[0, :4])
-    assert refusal(tmp_path) == f"{two}: is 6x4 pixels, but {one} is 6x5; give images of one size"
+    assert refusal(tmp_path) == f"{two}: is 6x4 pixels, but {one} is 6x5; give images of one size, or --resize N and --crop N"
     two.write_bytes(one.read_bytes()[:-30])
     assert refusal(tmp_path) == f"{two}: is not a readable image (OSError: {_pillow_says(two)}); replace or remove it"
     picture(two, GREY[0].astype(np.uint16) * 99)
@@ -395,6 +518,10 @@ def module(tmp_path, monkeypatch):
         ("return x, y, x[:1], y[:1]", 2, 1),
         ("return {'images': x, 'labels': y}", None, 2),
         ("return {'x_train': x, 'y_train': y, 'x_test': x, 'y_test': y}", 2, 2),
+        ("return (x, y), (x[:1], y[:1])", 2, 1),
+        ("return (x, y), (x[:1], y[:1]), (x, y)", 2, 2),
+        ("return {'train': (x, y), 'Val': (x[:1], y[:1])}", 2, 1),
+        ("return {'train_images': x, 'train_labels': y}", 2, None),
         ("from rqtool.model.data import Data, Images; return Data('mine', None, Images(x, np.array(y)), 7)", None, 2),
     ],
 )
@@ -447,7 +574,8 @@ def test_slices_are_images():
 
 def test_another_shape():
     images = Images(GREY[:, None], LABELS)
-    assert (images.reshaped((6, 5)).x == GREY.reshape(4, 6, 5)).all()
+    assert (images.reshaped((6, 5)).x == GREY.transpose(0, 2, 1)).all()
+    assert (images.reshaped((3, 10)).x == GREY.reshape(4, 3, 10)).all()
     with pytest.raises(InputError) as e:
         images.reshaped((3, 5, 6))
     assert str(e.value) == "images of 1x5x6 cannot be seen as 3x5x6: 30 values are not 90"

@@ -109,6 +109,8 @@ PIXELS = (
     Flag("mean", "X[,X...]", "Subtracted from pixels, one for all channels or one each (default 0).", values.numbers),
     Flag("std", "X[,X...]", "Divides pixels after that (default 1).", values.numbers),
     Flag("scale", "X", "Multiplies pixels first (default 1/255 for whole numbers, 1 for others).", values.number),
+    Flag("resize", "N", "Image files: the shorter side becomes N pixels long (bilinear).", values.whole),
+    Flag("crop", "N", "Image files: keep N x N pixels from the middle, after --resize.", values.whole),
 )
 OUTPUT = (
     Flag("json", None, "Print exactly one JSON object (docs/json.md); all else goes to stderr.", None),

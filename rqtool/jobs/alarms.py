@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -17,3 +18,8 @@ class Alarms:
         if sentence not in self.sentences:
             self.sentences.append(sentence)
             self._tell(sentence)
+
+    def say_all(self, sentences: Iterable[str]) -> None:
+        """Add each of them."""
+        for sentence in sentences:
+            self.say(sentence)

@@ -12,7 +12,8 @@ from rqtool.train.paired import Loss
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What is said of every fine-tuning. top-1 in percent of `images` images; `measured_on` is "test" or "held-out".
+    """What is said of every fine-tuning. top-1 in percent of `images` images; `measured_on` is
+    the name of the part: "test", "val" and the like, or "held-out".
 
     tuned: after `recipe.epochs` epochs, the integer program that was saved. agreement: percent of images on which the integer
     program and the network that is served, its graph run in floating point, name the same class (train/served.py). roll_backs:
@@ -119,10 +120,11 @@ class Evaluated:
     macro: Macro
     seconds: float
     fast: dict[str, bool]
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         metrics = {"top1": self.top1, "images": self.images}
-        about = {"adc": self.adc, "measured_on": self.measured_on, "macro": self.macro.to_dict(), "seconds": self.seconds, "fused_layers": self.fast}
+        about = {"adc": self.adc, "measured_on": self.measured_on, "macro": self.macro.to_dict(), "seconds": self.seconds, "fused_layers": self.fast, "warnings": list(self.warnings)}
         return {"command": "eval", "source": self.source, "metrics": metrics, **about}
 
 

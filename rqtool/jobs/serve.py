@@ -9,6 +9,7 @@ from typing import Any
 from rqtool import checkpoint
 from rqtool.checkpoint import Checkpoint
 from rqtool.errors import CheckError, ConfigError, escaped, suggestion
+from rqtool.jobs.alarms import Alarms
 from rqtool.jobs.prepare import Silent, images_for, ready_kernels, sample, sample_images
 from rqtool.jobs.results import Evaluated, Exported
 from rqtool.model.data import Data
@@ -39,8 +40,8 @@ def evaluate(
         raise ConfigError(f"--adc {escaped(adc)} is not known; {suggestion(str(adc), ('ideal', 'real'))}")
     if min_acc is not None and not 0 <= min_acc <= 100:
         raise ConfigError(f"--min-acc must be from 0 to 100 percent, not {min_acc:g}")
-    saved = checkpoint.load(source)
-    images, measured_on = images_for(saved, data, limit)
+    saved, alarms = checkpoint.load(source), Alarms(progress)
+    images, measured_on = images_for(saved, data, limit, alarms)
     program = saved.program if adc == "real" else ideal_program(saved)
     ready_kernels(progress, training=False)
     with progress.stage("integer program", len(images)) as done:
@@ -48,7 +49,7 @@ def evaluate(
     accuracy = percent(found == images.y)
     if min_acc is not None and accuracy < min_acc:
         raise CheckError(f"{escaped(source)}: top-1 is {accuracy:.2f} % on {len(images)} images, below --min-acc {min_acc:g}")
-    return Evaluated(str(source), accuracy, len(images), adc, measured_on, program.macro, round(time.monotonic() - started, 1), Runner(program).fast)
+    return Evaluated(str(source), accuracy, len(images), adc, measured_on, program.macro, round(time.monotonic() - started, 1), Runner(program).fast, tuple(alarms.sentences))
 
 
 def ideal_program(saved: Checkpoint) -> Program:
@@ -56,7 +57,7 @@ def ideal_program(saved: Checkpoint) -> Program:
     macro = saved.macro.with_ideal_adc()
     network = checkpoint.build_network(saved.network.graph, macro, saved.network.state_dict())
     whole = saved.program.tensors[saved.program.input].dtype == "uint8"
-    return freeze(network, macro, saved.peaks, Norm(*saved.preprocess.affine(saved.network.graph.input_shape[0])), whole)
+    return freeze(network, macro, saved.peaks, Norm(*saved.preprocess.factors(saved.network.graph.input_shape)), whole)
 
 
 def diagnose(source: str | Path, data: str | Data, *, limit: int | None = None, plots: str | Path | None = None, progress: Any = None) -> Diagnosis:
@@ -68,11 +69,11 @@ def diagnose(source: str | Path, data: str | Data, *, limit: int | None = None, 
     started, progress = time.monotonic(), progress or Silent()
     saved = checkpoint.load(source)
     network, names = saved.network, list(read_layers(saved.network))
-    images, measured_on = images_for(saved, data, DIAGNOSIS_IMAGES if limit is None else limit)
+    images, measured_on = images_for(saved, data, DIAGNOSIS_IMAGES if limit is None else limit, Alarms(progress))
     if plots is not None and saved.macro.ideal:
         raise ConfigError(f"{escaped(source)}: its ADC is ideal and has no thresholds to draw; leave --plots out")
     files = [] if plots is None else plot_files(plots, names)
-    feed = Feed(images, *saved.preprocess.affine(images.shape[0]))
+    feed = Feed(images, *saved.preprocess.factors(images.shape))
     first = sample(network, feed)
     with progress.stage("diagnosis", (1 + len(trials(network))) * len(images)) as done:
         found, figures = examine(network, feed, first, done)
@@ -113,7 +114,7 @@ def export_onnx(
     out = Path(source).with_suffix(".onnx") if out is None else Path(out)
     check_writable(out, force)
     saved = checkpoint.load(source)
-    x = sample_images(saved, data, images)
+    x = sample_images(saved, data, images, progress)
     with progress.stage("export", 2) as done:
         model = to_onnx(saved.program, body)
         done(1, "verifying" if verify else "")

@@ -14,6 +14,7 @@ from rqtool import checkpoint
 from rqtool.checkpoint import Checkpoint
 from rqtool.errors import ConfigError, InputError, escaped
 from rqtool.hardware.macro import Macro
+from rqtool.jobs import suspicions
 from rqtool.jobs.alarms import Alarms
 from rqtool.jobs.chain import (
     Step,
@@ -84,12 +85,15 @@ def quantize(
     ready_kernels(progress, training=recipe.epochs + recipe.ideal_epochs > 0)
     with progress.stage("float model", 1) as done:
         right = hits(job.network, job.test)
-        done()
+        float_top1 = percent(right)
+        done(1, f"top-1 {float_top1:.2f} %")
+    alarms.say_all(suspicions.of_chance(float_top1, job.test.images.y, job.network.graph.shape(job.network.graph.output)[0]))
     stages = Stages(job, macro, recipe, progress, _runs(state, macro, job, recipe))
     network, best = stages.calibrated(macro, "calibration")
     steps = [Step("float", right), *calibrated_steps(network, job, best.top1, progress)]
     measured = _measured(network, macro, job, progress, "post-training")
     ptq_top1 = measured.top1
+    alarms.say_all(suspicions.of_gain(float_top1, ptq_top1, len(job.test)))
     network, run = stages.main(network, best)
     steps.append(tuned_step(network, job, best, run.best, progress))
     say_what_training_brought(alarms, run, recipe, len(job.train), _lost_by_calibration(steps), TEACH)
@@ -98,7 +102,7 @@ def quantize(
     ideal = _twin(stages, run, measured, alarms) if twin else None
     figures = _figures(stages, network, run, measured, out, started, alarms)
     chain = chain_rows([*steps, Step("frozen", measured.right(job))])
-    about = {"float_top1": percent(right), "ptq_top1": ptq_top1, "chain": chain, **_against(ideal, measured, job)}
+    about = {"float_top1": float_top1, "ptq_top1": ptq_top1, "chain": chain, **_against(ideal, measured, job)}
     result = Quantized(**figures, **about, twin_out=None if twin_out is None else str(twin_out))
     _save(result, network, measured, job, force)
     if twin_out is not None:
@@ -128,7 +132,7 @@ def train_more(
     saved = checkpoint.load(source)
     history = recipes_of(saved, source)
     recipe = recipe_after(history[-1], recipe or {})
-    job = _job_of(saved, read_data(data, unsplit="train"), recipe)
+    job = _job_of(saved, read_data(data, "train", saved.preprocess.sizing), recipe, alarms)
     stages = Stages(job, saved.macro, recipe, progress, _runs(state, saved.macro, job, recipe))
     ready_kernels(progress, training=recipe.epochs > 0)
     with progress.stage("integer program before", len(job.test)) as done:
@@ -160,11 +164,12 @@ def recipe_after(before: Recipe, changes: dict[str, Any]) -> Recipe:
     return replace(before, **{"teacher": "none", "match": 0.0, "ideal_epochs": 0, **changes})
 
 
-def _job_of(saved: Checkpoint, data: Data, recipe: Recipe) -> Job:
+def _job_of(saved: Checkpoint, data: Data, recipe: Recipe, alarms: Alarms) -> Job:
     """The job of training a checkpoint on."""
+    alarms.say_all(data.notes)
     if data.train is None:
         raise InputError(f"{escaped(data.name)}: has no training images; give a data set with a training part (x_train, y_train)")
-    check_augment(saved.network, recipe)
+    check_augment(saved.network, recipe, saved.preprocess.axes)
     parts = {name: images and fitting_images(saved, data, images) for name, images in (("train", data.train), ("test", data.test))}
     return split(saved.network, replace(data, **parts), recipe, saved.preprocess)
 

@@ -4,18 +4,21 @@
     demo                                 4,000 images              1,000 images    (Fashion-MNIST, embedded)
     FILE.npz                             x_train, y_train          x_test, y_test
       or only images, labels (or x, y)   -                         images, labels
-    folder of MNIST IDX files (or .gz)   train-images, -labels     t10k-images, -labels
+    folder of MNIST IDX files (or .gz)   train-images, -labels     t10k-images, -labels (or test-, val-)
     one IDX file of images               if named train-*          otherwise
     CIFAR-10 binary version, its folder  data_batch_1..5.bin       test_batch.bin
     folder of class folders of images    train/CLASS/*             test/CLASS/*
       or without train and test          -                         CLASS/*
     package.module:function              what the function returns, called without arguments
 
+Names may be written in other ways (X_test, train_images, trainY; parts.py). Where there is no test part, a validation part (val, valid,
+validation, dev) is measured on under its own name. What is not read is said in a note.
+
 Images that nobody called training images are `test`: they can be measured on, not trained on. `load_data(source, unsplit="train")`
 says otherwise.
 
 Layout: [N, F] are features; [N, H, W] gets one channel; of four axes the channels are the second, unless only the last is 1, 3 or 4
-long. Whole numbers must be 0..255 (they become uint8); floats become float32. Labels are 0, 1, 2, ... [N] or [N, 1].
+long; `Images.own` keeps the file's order (layout.py). Whole numbers must be 0..255 (they become uint8); floats become float32. Labels are 0, 1, 2, ... [N] or [N, 1].
 """
 
 from __future__ import annotations
@@ -33,14 +36,17 @@ from typing import Any, NoReturn
 import numpy as np
 
 from rqtool.errors import ConfigError, InputError, escaped
+from rqtool.model.folders import Sizing, read_class_folders
+from rqtool.model.layout import LAST, ORDERS, PLAIN, Axes, by, channel_axis, laid, orders_to
 from rqtool.model.named import call, is_named, resolve, said
+from rqtool.model.parts import PARTS, chosen, named, pairs, unread
 from rqtool.storage import existing, read_file, reading
 
 CHANNELS = (1, 3, 4)  # grey, colour, colour with alpha
 MAX_CLASSES = 100_000
-Splits = Mapping[str, tuple[Any, Any]]  # raw (images, labels) under train, test or unsplit
-SPLIT_PAIRS = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
-UNSPLIT_PAIRS = (("x", "y"), ("images", "labels"))  # the last of those that are there
+SIDE_PEAK = 65_535  # pixels of a side that --resize and --crop may ask for
+Splits = dict[str, tuple[Any, Any]]  # raw (images, labels) under train, unsplit, or the part to measure on: test, or val and the like
+Found = tuple[Splits, list[str]]  # and what was not read, a sentence each
 KINDS = "a .npz file, MNIST IDX files, a CIFAR-10 binary folder, a folder of class folders, package.module:function or demo"
 
 
@@ -49,18 +55,19 @@ KINDS = "a .npz file, MNIST IDX files, a CIFAR-10 binary folder, a folder of cla
 class Images:
     """Images and their labels.
 
-    x: uint8 or float32 [N, C, H, W], or features [N, F]; y: int64 [N].
-    `images[3:9]` and `images[indices]` are Images again.
+    x: uint8 or float32 [N, C, H, W], or features [N, F]; y: int64 [N]. own: the order of an image's axes in the file, for networks
+    that take all values in a row. `images[3:9]` and `images[indices]` are Images again.
     """
 
     x: np.ndarray
     y: np.ndarray
+    own: Axes = PLAIN
 
     def __len__(self) -> int:
         return len(self.y)
 
     def __getitem__(self, key: slice | np.ndarray) -> Images:
-        return Images(self.x[key], self.y[key])
+        return Images(self.x[key], self.y[key], self.own)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,20 +75,23 @@ class Images:
         return self.x.shape[1:]
 
     def reshaped(self, shape: tuple[int, ...]) -> Images:
-        """The same values, each image in another shape of as many elements (rows of pixels as an image, a picture as a signal).
+        """The same values, each image in another shape of as many elements: axes of the same lengths are exchanged, all else is read in
+        the file's order (rows of pixels as an image, a picture as a signal).
 
-        Raises InputError where the number of elements differs.
+        Raises InputError where the number of elements differs, or rows and columns of an image would change places.
         """
-        if math.prod(shape) != math.prod(self.shape):
-            raise InputError(f"images of {_by(self.shape)} cannot be seen as {_by(shape)}: {math.prod(self.shape)} values are not {math.prod(shape)}")
-        return Images(self.x.reshape(len(self), *shape), self.y)
+        return self.laid(orders_to(self.shape, shape, self.own)[0], shape)
+
+    def laid(self, axes: Axes, shape: tuple[int, ...]) -> Images:
+        """The images with their axes in this order (layout.py), each then in `shape`."""
+        return Images(laid(self.x, axes, shape), self.y)
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
     """A data set: what to train on, what to measure on, and how many classes there are. One of the two may be None.
 
-    notes: what of the source was not read or read in a way that a user may not expect, a sentence each.
+    part: what the images to measure on are called: test, or val and the like where there is no test part. notes: what of the source was not read or read in a way that a user may not expect, a sentence each.
     """
 
     name: str
@@ -89,13 +99,14 @@ class Data:
     test: Images | None
     classes: int
     notes: tuple[str, ...] = ()
+    part: str = "test"
 
 
-def load_data(source: str, unsplit: str = "test") -> Data:
+def load_data(source: str, unsplit: str = "test", sizing: Sizing = Sizing()) -> Data:
     """The data set that `source` names (see the table above).
 
-    unsplit: "test" or "train", what images are that the source does not divide. Raises InputError for everything that cannot be
-    read or is not labelled images.
+    unsplit: "test" or "train", what images are that the source does not divide. sizing: how the images of class folders come to one
+    size. Raises InputError for everything that cannot be read or is not labelled images.
     """
     if source == "demo":
         return replace(load_data(str(resources.files("rqtool.demo").joinpath("fashion.npz"))), name="demo")
@@ -103,10 +114,17 @@ def load_data(source: str, unsplit: str = "test") -> Data:
         return _from_function(source, unsplit)
     path, where = Path(source), escaped(source)
     with reading(path):
-        return _data(path.name, where, _reader(path)(path, where), unsplit)
+        found = read_class_folders(path, where, KINDS, sizing) if has_class_folders(source) else _reader(path)(path, where)
+        return _data(path.name, where, found, unsplit)
 
 
-def _reader(path: Path) -> Callable[[Path, str], Splits]:
+def has_class_folders(source: str) -> bool:
+    """Whether this is a folder of image files, which are the only images that are resized and cropped."""
+    path = Path(source)
+    return path.is_dir() and _folder_reader(path) is None
+
+
+def _reader(path: Path) -> Callable[[Path, str], Found]:
     """The function that reads this kind of file or folder."""
     if path.is_dir():
         return _folder_reader(path)
@@ -117,26 +135,27 @@ def _reader(path: Path) -> Callable[[Path, str], Splits]:
     raise InputError(f"{escaped(path)}: is no kind of data this version reads; give {KINDS}")
 
 
-def _folder_reader(path: Path) -> Callable[[Path, str], Splits]:
+def _folder_reader(path: Path) -> Callable[[Path, str], Found] | None:
+    """The function for a folder; None for class folders."""
     names = {p.name for p in path.iterdir()}
     if any("idx1-ubyte" in n or "idx3-ubyte" in n for n in names):
         return _read_idx_folder
     if any(n.startswith(("data_batch_", "test_batch")) for n in names):
         return _read_cifar
-    return _read_class_folders
+    return None
 
 
 # -- the one door for arrays -------------------------------------------------------------------------------------------
-def _data(name: str, where: str, splits: Splits, unsplit: str) -> Data:
+def _data(name: str, where: str, found: Found, unsplit: str) -> Data:
     """Checked Data from raw arrays."""
-    parts = {}
+    parts, (splits, notes) = {}, found
     for split, (x, y) in splits.items():
         label = where if split == "unsplit" else f"{where}, {split}"
         parts[unsplit if split == "unsplit" else split] = _images(_array(x, label), _array(y, label), label)
-    train, test = parts.get("train"), parts.get("test")
-    if train is not None and test is not None:
-        _check_alike(train, test, where)
-    return Data(name, train, test, max(int(p.y.max()) + 1 for p in parts.values()))
+    train, part = parts.get("train"), next((p for p in parts if p != "train"), "test")
+    if train is not None and part in parts:
+        _check_alike(train, parts[part], where, part)
+    return Data(name, train, parts.get(part), max(int(p.y.max()) + 1 for p in parts.values()), tuple(notes), part)
 
 
 def _array(values: Any, where: str) -> np.ndarray:
@@ -147,18 +166,18 @@ def _array(values: Any, where: str) -> np.ndarray:
 
 
 def _images(x: np.ndarray, y: np.ndarray, where: str) -> Images:
-    x = _layout(_pixels(x, where), where)
+    x, own = _layout(_pixels(x, where), where)
     y = _labels(y, where)
     if len(x) != len(y):
         raise InputError(f"{where}: has {len(x)} images but {len(y)} labels; give one label for each image")
-    return Images(x, y)
+    return Images(x, y, own)
 
 
 def _pixels(x: np.ndarray, where: str) -> np.ndarray:
     if x.dtype.kind not in "buif":
         raise InputError(f"{where}: images are {x.dtype}, not numbers; save them as uint8 or float32")
     if x.size == 0:
-        raise InputError(f"{where}: has no images (shape {_by(x.shape)}); give at least one")
+        raise InputError(f"{where}: has no images (shape {by(x.shape)}); give at least one")
     if x.dtype.kind == "f":
         with np.errstate(over="ignore"):
             x = x.astype(np.float32)
@@ -172,21 +191,23 @@ def _pixels(x: np.ndarray, where: str) -> np.ndarray:
     return x
 
 
-def _layout(x: np.ndarray, where: str) -> np.ndarray:
+def _layout(x: np.ndarray, where: str) -> tuple[np.ndarray, Axes]:
+    """(images [N, C, H, W] or [N, F], the order of their axes in the file)."""
+    own = PLAIN
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[3] in CHANNELS and x.shape[1] not in CHANNELS:
-        x = x.transpose(0, 3, 1, 2)
+        x, own = x.transpose(0, 3, 1, 2), LAST
     elif x.ndim not in (2, 4):
-        raise InputError(f"{where}: images have {x.ndim} axes ({_by(x.shape)}); give [N, H, W], [N, C, H, W], [N, H, W, C] or [N, F]")
-    return np.require(x, requirements="CW")  # torch wants arrays that may be written to
+        raise InputError(f"{where}: images have {x.ndim} axes ({by(x.shape)}); give [N, H, W], [N, C, H, W], [N, H, W, C] or [N, F]")
+    return np.require(x, requirements="CW"), own  # torch wants arrays that may be written to
 
 
 def _labels(y: np.ndarray, where: str) -> np.ndarray:
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1 or y.dtype.kind not in "buif":
-        raise InputError(f"{where}: labels are {y.dtype} of {_by(y.shape)}; give one whole number for each image")
+        raise InputError(f"{where}: labels are {y.dtype} of {by(y.shape)}; give one whole number for each image")
     y = y.astype(np.float64) if y.dtype.kind == "f" else y  # float16 ends below MAX_CLASSES
     if y.size and not (np.isfinite(y).all() and (y == np.floor(y)).all()):
         raise InputError(f"{where}: labels are not whole numbers; give 0, 1, 2, ...")
@@ -195,35 +216,22 @@ def _labels(y: np.ndarray, where: str) -> np.ndarray:
     return y.astype(np.int64)
 
 
-def _check_alike(train: Images, test: Images, where: str) -> None:
+def _check_alike(train: Images, test: Images, where: str, part: str) -> None:
     if train.shape != test.shape:
-        raise InputError(f"{where}: training images are {_by(train.shape)}, test images {_by(test.shape)}; give one shape")
+        raise InputError(f"{where}: training images are {by(train.shape)}, {part} images {by(test.shape)}; give one shape")
     if train.x.dtype != test.x.dtype:
-        raise InputError(f"{where}: training images are {train.x.dtype}, test images {test.x.dtype}; save both in one type")
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a single number"
+        raise InputError(f"{where}: training images are {train.x.dtype}, {part} images {test.x.dtype}; save both in one type")
 
 
 # -- .npz --------------------------------------------------------------------------------------------------------------
-def _read_npz(path: Path, where: str) -> Splits:
+def _read_npz(path: Path, where: str) -> Found:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")}
-            pairs = _npz_pairs(names, where)
-            return {split: tuple(_read_npy(archive, n, where) for n in pair) for split, pair in pairs.items()}
+            found, notes = pairs(names, where)
+            return {split: tuple(_read_npy(archive, n, where) for n in pair) for split, pair in found.items()}, notes
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as e:
         raise InputError(f"{where}: is not a readable .npz file ({said(e)}); make or fetch it again") from e
-
-
-def _npz_pairs(names: set[str], where: str) -> dict[str, tuple[str, str]]:
-    pairs = {split: pair for split, pair in SPLIT_PAIRS.items() if set(pair) <= names}
-    pairs = pairs or {"unsplit": pair for pair in UNSPLIT_PAIRS if set(pair) <= names}
-    if not pairs:
-        held = ", ".join(escaped(n) for n in sorted(names)[:8]) or "nothing"
-        raise InputError(f"{where}: holds {held}; name the arrays x_train, y_train, x_test, y_test, or images, labels")
-    return pairs
 
 
 def _read_npy(archive: zipfile.ZipFile, name: str, where: str) -> np.ndarray:
@@ -235,7 +243,7 @@ def _read_npy(archive: zipfile.ZipFile, name: str, where: str) -> np.ndarray:
             raise InputError(f"{where}: {name} holds pickled objects, which are never read; save it as numbers")
         size = info.file_size - file.tell()
         if math.prod(shape) * dtype.itemsize != size or any(n < 0 for n in shape):
-            raise ValueError(f"{name} has {size} bytes, not those of {dtype} {_by(shape)}")
+            raise ValueError(f"{name} has {size} bytes, not those of {dtype} {by(shape)}")
         return np.ndarray(shape, dtype, file.read(), order="F" if fortran else "C")
 
 
@@ -267,7 +275,7 @@ def _read_idx(path: Path) -> np.ndarray:
         raise InputError(f"{where}: is not an IDX file (it begins with {data[:4].hex(' ')}); fetch it again")
     shape, dtype = tuple(int(n) for n in np.frombuffer(data[4:start], ">u4")), np.dtype(IDX_TYPES[data[2]])
     if len(data) - start != math.prod(shape) * dtype.itemsize:
-        raise InputError(f"{where}: has {len(data) - start} bytes of data, but its header says {_by(shape)} of {dtype.itemsize}; fetch it again")
+        raise InputError(f"{where}: has {len(data) - start} bytes of data, but its header says {by(shape)} of {dtype.itemsize}; fetch it again")
     return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
 
@@ -275,29 +283,45 @@ def _labels_beside(images: Path) -> Path:
     return images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
 
 
-def _read_idx_file(path: Path, where: str) -> Splits:
+IDX_PARTS = {"train": "train", "t10k": "test", "test": "test", "val": "val", "valid": "valid", "validation": "validation", "dev": "dev"}
+
+
+def _read_idx_file(path: Path, where: str) -> Found:
     if "idx3" not in path.name:
         raise InputError(f"{where}: is not named like a file of images (...images-idx3-ubyte); give that one, its labels are found beside it")
-    split = "train" if path.name.startswith("train") else "test" if path.name.startswith("t10k") else "unsplit"
-    return {split: (_read_idx(path), _read_idx(_labels_beside(path)))}
+    split = {"train": "train", "test": "test"}.get(_idx_part(path) or "", "unsplit")
+    return {split: (_read_idx(path), _read_idx(_labels_beside(path)))}, []
 
 
-def _read_idx_folder(path: Path, where: str) -> Splits:
-    splits = {}
-    for split, prefix in (("train", "train"), ("test", "t10k")):
-        found = sorted(p for p in path.iterdir() if p.name.startswith(f"{prefix}-images") and "idx3" in p.name)
-        if found:
-            splits |= _read_idx_file(found[0], where)
-    if not splits:
+def _idx_part(path: Path) -> str | None:
+    """The part of a data set that an IDX file of images holds, by its name."""
+    return IDX_PARTS.get(path.name.partition("-images")[0]) if "idx3" in path.name else None
+
+
+def _read_idx_folder(path: Path, where: str) -> Found:
+    files: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        if _idx_part(file):
+            files.setdefault(_idx_part(file), file)
+    if not files:
         raise InputError(f"{where}: has neither train-images-idx3-ubyte nor t10k-images-idx3-ubyte (or .gz); give the four MNIST files their names")
-    return splits
+    kept = chosen(files)
+    others = sorted(p.name for p in path.iterdir() if "idx3" in p.name and p not in [files[part] for part in kept])
+    return {part: (_read_idx(files[part]), _read_idx(_labels_beside(files[part]))) for part in kept}, unread_files(where, others, kept)
+
+
+def unread_files(where: str, names: list[str], kept: list[str]) -> list[str]:
+    """The sentence for files of images that are left, or none."""
+    if not names:
+        return []
+    return [f"{where}: only {' and '.join(kept)} {'is' if len(kept) == 1 else 'are'} read, not {named(names)}; give such a file by its own name to measure on it"]
 
 
 # -- CIFAR-10 ----------------------------------------------------------------------------------------------------------
 CIFAR_RECORD = 1 + 3 * 32 * 32
 
 
-def _read_cifar(path: Path, where: str) -> Splits:
+def _read_cifar(path: Path, where: str) -> Found:
     if not any(path.glob("*_batch*.bin")):
         raise InputError(f"{where}: is the Python version of CIFAR-10 (pickles, never read); fetch the binary version")
     splits = {}
@@ -305,7 +329,7 @@ def _read_cifar(path: Path, where: str) -> Splits:
         splits["train"] = _cifar_split([path / f"data_batch_{n}.bin" for n in range(1, 6)])
     if (path / "test_batch.bin").exists():
         splits["test"] = _cifar_split([path / "test_batch.bin"])
-    return splits
+    return splits, []
 
 
 def _cifar_split(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -323,75 +347,42 @@ def _cifar_records(path: Path) -> np.ndarray:
     return records
 
 
-# -- folders of class folders ------------------------------------------------------------------------------------------
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
-def _visible_folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _read_class_folders(path: Path, where: str) -> Splits:
-    """Classes are numbered in the order of their names. All grey images: one channel; otherwise all become RGB."""
-    parts = {s: path / s for s in ("train", "test") if (path / s).is_dir()} or {"unsplit": path}
-    names = {split: [p.name for p in _visible_folders(folder)] for split, folder in parts.items()}
-    if len({tuple(n) for n in names.values()}) > 1:
-        odd = sorted(set(names["train"]) ^ set(names["test"]))
-        raise InputError(f"{where}: the class {escaped(odd[0])} is in only one of train and test; give both the same folders")
-    files = {split: [(f, y) for y, n in enumerate(names[split]) for f in _image_files(folder / n)] for split, folder in parts.items()}
-    for split, found in files.items():
-        if not found:
-            raise InputError(f"{escaped(parts[split])}: has no class folders with images ({', '.join(SUFFIXES)}); give {KINDS}")
-    return _stack({split: [(_read_image(f), y) for f, y in found] for split, found in files.items()})
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-
-
-def _read_image(path: Path) -> tuple[Path, np.ndarray]:
-    """(path, uint8 [H, W] or [H, W, 3]); alpha is dropped."""
-    from PIL import Image  # late: it is needed for image folders only
-
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise InputError(f"{escaped(path)}: has pixels beyond 8 bits (mode {image.mode}); give 8-bit images or a .npz file")
-            return path, np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise InputError(f"{escaped(path)}: is not a readable image ({said(e)}); replace or remove it") from e
-
-
-def _stack(splits: dict[str, list[tuple[tuple[Path, np.ndarray], int]]]) -> Splits:
-    """Arrays [N, C, H, W] of every split, or InputError naming the first image of another size."""
-    images = [image for found in splits.values() for image, _ in found]
-    (first, model), colour = images[0], any(a.ndim == 3 for _, a in images)
-    for path, a in images:
-        if a.shape[:2] != model.shape[:2]:
-            raise InputError(f"{escaped(path)}: is {_by(a.shape[1::-1])} pixels, but {escaped(first)} is {_by(model.shape[1::-1])}; give images of one size")
-
-    def planes(a: np.ndarray) -> np.ndarray:
-        return a.transpose(2, 0, 1) if a.ndim == 3 else np.repeat(a[None], 3 if colour else 1, axis=0)
-
-    return {split: (np.stack([planes(a) for (_, a), _ in found]), np.array([y for _, y in found])) for split, found in splits.items()}
-
-
 # -- Python functions --------------------------------------------------------------------------------------------------
 def _from_function(source: str, unsplit: str) -> Data:
-    """Data, (x, y), (x_train, y_train, x_test, y_test), or a dictionary of arrays named as in a .npz file."""
+    """Data, (x, y), (x_train, y_train, x_test, y_test), ((x_train, y_train), (x_test, y_test)), or a dictionary of arrays named as in a
+    .npz file or of such pairs named as parts."""
     function = resolve(source)
     result = call(source, function)
     where = escaped(source)
     if isinstance(result, Data):
         return result
     if isinstance(result, Mapping):
-        pairs = _npz_pairs({str(k) for k in result}, where)
-        return _data(source, where, {split: (result[x], result[y]) for split, (x, y) in pairs.items()}, unsplit)
+        return _data(source, where, _from_mapping(result, where), unsplit)
+    if isinstance(result, (tuple, list)) and len(result) in (2, 3) and all(_is_pair(part) for part in result):
+        return _data(source, where, _from_parts(dict(zip(("train", "val", "test") if len(result) == 3 else ("train", "test"), result)), where), unsplit)
     if isinstance(result, (tuple, list)) and len(result) == 2:
-        return _data(source, where, {"unsplit": tuple(result)}, unsplit)
+        return _data(source, where, ({"unsplit": tuple(result)}, []), unsplit)
     if isinstance(result, (tuple, list)) and len(result) == 4:
-        return _data(source, where, {"train": tuple(result[:2]), "test": tuple(result[2:])}, unsplit)
+        return _data(source, where, ({"train": tuple(result[:2]), "test": tuple(result[2:])}, []), unsplit)
     _refuse_result(where, result)
+
+
+def _is_pair(part: Any) -> bool:
+    return isinstance(part, tuple) and len(part) == 2
+
+
+def _from_mapping(result: Mapping, where: str) -> Found:
+    """Arrays by name, or pairs of arrays by part."""
+    if result and all(_is_pair(part) and str(name).lower() in PARTS for name, part in result.items()):
+        return _from_parts({PARTS[str(name).lower()]: part for name, part in result.items()}, where)
+    names = {str(k): k for k in result}
+    found, notes = pairs(names, where)
+    return {split: (result[names[x]], result[names[y]]) for split, (x, y) in found.items()}, notes
+
+
+def _from_parts(parts: Splits, where: str) -> Found:
+    kept = chosen(parts)
+    return {part: parts[part] for part in kept}, unread(where, [p for p in parts if p not in kept], kept)
 
 
 def _refuse_result(where: str, result: Any) -> NoReturn:
@@ -436,21 +427,37 @@ def batches(images: Images, size: int, *, order: np.ndarray | None = None) -> It
 class Preprocess:
     """What the network sees of a pixel: real[c] = (pixel * scale - mean[c]) / std[c]. One mean or std serves every channel.
 
-    Raises ConfigError for values that are not finite, a scale or std that is not positive.
+    axes: where the axes of an image go on their way into the network (layout.py). resize, crop: how files of images come to one size
+    (folders.Sizing). Raises ConfigError for values that are not finite, a scale or std that is not positive, and for sizes below 1.
     """
 
     scale: float = 1 / 255
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    axes: Axes = PLAIN
+    resize: int | None = None
+    crop: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         object.__setattr__(self, "scale", float(self.scale))
+        object.__setattr__(self, "axes", tuple(self.axes))
         if not all(map(math.isfinite, (self.scale, *self.mean, *self.std))):
             raise ConfigError(f"preprocessing with scale {self.scale}, mean {self.mean}, std {self.std} is not finite; give numbers")
         if self.scale <= 0 or not self.std or min(self.std) <= 0:
             raise ConfigError(f"preprocessing with scale {self.scale} and std {self.std} divides by nothing; give values above 0")
+        if self.axes not in ORDERS:
+            raise ConfigError(f"preprocessing with the order of axes {escaped(self.axes)} is not known; give one of {', '.join(map(str, ORDERS))}")
+        for name in ("resize", "crop"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= SIDE_PEAK):
+                raise ConfigError(f"--{name} must be a whole number from 1 to {SIDE_PEAK}, not {escaped(value)}")
+
+    @property
+    def sizing(self) -> Sizing:
+        """How files of images come to one size."""
+        return Sizing(self.resize, self.crop)
 
     @staticmethod
     def of(images: Images) -> Preprocess:
@@ -468,6 +475,23 @@ class Preprocess:
         mean, std = (self._channelwise(name, channels) for name in ("mean", "std"))
         return self.scale / std, -mean / std
 
+    def factors(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """(mult, add), float64 of as many axes as one input of the network in `shape`, to which they broadcast.
+
+        Each channel has its own value along the axis that holds the channels; where all values are in a row, at each of its places.
+        Raises ConfigError where mean or std fits no axis.
+
+        >>> [a.shape for a in Preprocess(mean=(1, 2, 3), axes=(1, 2, 0)).factors((8, 9, 3))]
+        [(1, 1, 3), (1, 1, 3)]
+        """
+        given = max(len(self.mean), len(self.std))
+        if len(shape) == 1 and given > 1 and shape[0] % given == 0:
+            mult, add = self.affine(given)
+            spread = np.tile if self.axes == LAST else np.repeat
+            return spread(mult, shape[0] // given), spread(add, shape[0] // given)
+        axis = channel_axis(self.axes, shape, given)
+        return tuple(a.reshape([-1 if n == axis else 1 for n in range(len(shape))]) for a in self.affine(shape[axis]))
+
     def _channelwise(self, name: str, channels: int) -> np.ndarray:
         values = getattr(self, name)
         if len(values) not in (1, channels):
@@ -481,7 +505,8 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON; `from_dict` is the way back."""
-        return {"scale": self.scale, "mean": list(self.mean), "std": list(self.std)}
+        sizes = {"resize": self.resize, "crop": self.crop}
+        return {"scale": self.scale, "mean": list(self.mean), "std": list(self.std), "axes": list(self.axes), **sizes}
 
     @staticmethod
     def from_dict(d: Any) -> Preprocess:

@@ -115,8 +115,9 @@ class Value:
 
 
 def per_channel(array: np.ndarray, rank: int) -> np.ndarray:
-    """[C] as [C, 1, ...] with `rank` axes."""
-    return np.asarray(array, dtype=np.float64).reshape(-1, *(1,) * (rank - 1))
+    """[C] as [C, 1, ...] with `rank` axes; an array that has as many stays as it is."""
+    array = np.asarray(array, dtype=np.float64)
+    return array if array.ndim == rank else array.reshape(-1, *(1,) * (rank - 1))
 
 
 class Freezer:

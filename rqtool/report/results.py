@@ -200,10 +200,18 @@ def _weights(data: Data, width: int | None) -> str:
     return paragraphs(pairs([("values", f"{data['values']:,}")], width), table(["tensor", "shape", "type"], rows, width))
 
 
+AXES = {
+    (0, 1, 2): [],
+    **{axes: [("axes", said)] for axes, said in (((1, 2, 0), "channels last"), ((2, 0, 1), "the last as channels"), ((0, 2, 1), "the last two exchanged"))},
+}
+
+
 def _rq(data: Data, width: int | None) -> str:
     shown = [(name, value if isinstance(value, str) else _figure(value)) for name, value in _metrics(data["results"]).items()]
     pixel = data["preprocess"]
-    about = [("macro", _macro(data)), ("pixels", f"(x * {pixel['scale']:.6g} - mean) / std, mean {pixel['mean']}, std {pixel['std']}")]
+    worth = f"(x * {pixel['scale']:.6g} - mean) / std, mean {pixel['mean']}, std {pixel['std']}"
+    sizes = [f"{name} {pixel[name]}" for name in ("resize", "crop") if pixel[name]]
+    about = [("macro", _macro(data)), ("pixels", worth), *([("images", ", ".join(sizes))] if sizes else []), *AXES[tuple(pixel["axes"])]]
     rows = [(op["name"], op["kind"], _by(op["output"])) for op in data["ops"]]
     return paragraphs(pairs([*about, ("program", data["program_sha256"]), *shown], width), table(["operation", "kind", "output"], rows, width))
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from rqtool.errors import CheckError, ConfigError, escaped, suggestion
 from rqtool.model.data import Images, shuffled
 from rqtool.model.network import Network
+from rqtool.program.freeze import per_channel
 from rqtool.train.augment import AUGMENTS, augmented
 from rqtool.train.calibrate import CALIBRATIONS, ROUNDINGS, reestimate_norms
 from rqtool.train.distill import TEACHERS, Teacher
@@ -96,12 +97,12 @@ class Recipe:
 
 
 class Feed:
-    """Images as real-valued torch batches: real = pixel * mult + add, per channel."""
+    """Images as real-valued torch batches: real = pixel * mult + add; these are [C], or have the axes of an image and broadcast."""
 
     def __init__(self, images: Images, mult: np.ndarray, add: np.ndarray) -> None:
         self.images = images
-        shape = (1, -1, *(1,) * (images.x.ndim - 2))
-        self.mult, self.add = (torch.tensor(a, dtype=torch.float32).view(shape) for a in (mult, add))
+        rank = images.x.ndim - 1
+        self.mult, self.add = (torch.tensor(per_channel(a, rank), dtype=torch.float32)[None] for a in (mult, add))
 
     def __len__(self) -> int:
         return len(self.images.y)
