@@ -270,7 +270,7 @@ def test_presets_ops_and_doctor(rqtool):
 def test_demo_does_the_whole_job(rqtool, monkeypatch):
     small = Data("demo", *(Images(x[:, None], y) for x, y in (stripes(90), stripes(30))), 3)
     monkeypatch.setattr(prepare, "load_data", lambda source, unsplit="test": small)
-    monkeypatch.setattr(prepare, "load_model", lambda source, arch: net().eval())
+    monkeypatch.setattr(prepare, "load_model", lambda source, arch, **chosen: net().eval())
     ran = rqtool("demo", "--folder", "d", "--epochs", "0", "--json")
     assert ran.code == 0
     assert set(ran.json) == {"command", "quantize", "eval", "export"} and ran.json["quantize"]["recipe"]["epochs"] == 0

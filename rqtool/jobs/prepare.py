@@ -95,6 +95,8 @@ def prepare(
     input_shape: tuple[int, ...] | None,
     progress: Any,
     alarms: Alarms,
+    weights: str | None = None,
+    prefix: str | None = None,
 ) -> Job:
     """Read and capture the model, read the data, and split it; raises InputError where they do not fit together."""
     with progress.stage("reading", 2) as done:
@@ -104,7 +106,7 @@ def prepare(
         for sentence in data.notes:
             alarms.say(sentence)
         done()
-        network, data = fit(load_model(model, arch), data, input_shape)
+        network, data = fit(load_model(model, arch, weights=weights, prefix=prefix, say=alarms.say), data, input_shape)
         done()
     _check_classes(network, data)
     check_augment(network, recipe)
@@ -134,6 +136,27 @@ def _check_classes(network: Network, data: Data) -> None:
         raise InputError(f"the model gives an output of shape {list(scores)} per image; rqtool measures class scores, one number per class")
     if data.classes > scores[0]:
         raise InputError(f"{escaped(data.name)}: labels go up to {data.classes - 1}, but the model scores {scores[0]} classes; give the data set the model was trained for")
+
+
+def check_task(network: Network, data: str, labels: Feed, top1: float, task: str | None) -> None:
+    """Refuse what is no classifier: a float network that gives more scores than there are labels, or as many as it takes numbers (an
+    autoencoder), and does no better than chance. task "classify" says that it is one all the same."""
+    if task not in (None, "classify"):
+        raise ConfigError(f"--task {escaped(task)} is not known; leave it out, or give classify")
+    if task == "classify":
+        return
+    graph = network.graph
+    scores, takes = graph.shape(graph.output)[0], graph.input_shape
+    counts = np.bincount(labels.images.y)
+    classes, share = int((counts > 0).sum()), counts.max() / counts.sum()
+    rebuilds = takes == (scores,) or prod(takes) == scores
+    chance = 100 * (share + 2 * float(np.sqrt(share * (1 - share) / counts.sum())))
+    if (rebuilds and scores > classes) or ((rebuilds or scores > classes) and top1 <= chance):
+        like = "as many as it takes, as an autoencoder does" if rebuilds else "more than there are labels"
+        raise InputError(
+            f"{escaped(data)}: the model gives {scores} numbers, {like}, and names the right one of {classes} labels for {top1:.2f} % of the images, "
+            "so it looks like no classifier; give --task classify if it is one, or the data and --mean and --std it was trained with"
+        )
 
 
 def check_augment(network: Network, recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from rqtool.checkpoint import Checkpoint
 from rqtool.errors import ConfigError, InputError, escaped
 from rqtool.hardware.macro import Macro
 from rqtool.jobs.alarms import Alarms
-from rqtool.jobs.prepare import Silent, check_augment, fitting_images, prepare, read_data, ready_kernels, sample, split
+from rqtool.jobs.prepare import Silent, check_augment, check_task, fitting_images, prepare, read_data, ready_kernels, sample, split
 from rqtool.jobs.results import Quantized, Trained
 from rqtool.model.data import Data, Preprocess
 from rqtool.model.network import Network
@@ -48,6 +48,9 @@ def quantize(
     recipe: Recipe | None = None,
     preprocess: Preprocess | dict[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
+    weights: str | None = None,
+    prefix: str | None = None,
+    task: str | None = None,
     twin: bool = True,
     state: str | Path | None = None,
     force: bool = False,
@@ -57,6 +60,8 @@ def quantize(
 
     model: a file, a built-in name or a torch module (it is not changed). data: as `load_data` reads it; needs training images.
     input_shape: what one image is for the model, (C, H, W), (C, L) or (F,), where it is not what the data set says.
+    weights, prefix: where in a file the weights are ("model_ema"), and what stands before their names; needed where several fit.
+    task: "classify" says that the model is a classifier where it does not look like one.
     preprocess: what a pixel is worth; a dictionary changes only those fields of the default for this data set.
     twin: also train the ideal-ADC twin equally long, which shows what the ADC alone costs. state: a file that is replaced after every
     epoch; where it exists, the same job goes on from it, to the same bits on the same number of threads. Raises RqError's kinds.
@@ -65,12 +70,13 @@ def quantize(
     if out is not None:
         check_writable(out, force)
     alarms = Alarms(progress)
-    job = prepare(model, data, arch, recipe, preprocess, input_shape, progress, alarms)
+    job = prepare(model, data, arch, recipe, preprocess, input_shape, progress, alarms, weights, prefix)
     plans(job.network.graph, macro)  # what the macro cannot hold is refused before any work
     ready_kernels(progress, training=recipe.epochs + recipe.ideal_epochs > 0)
     with progress.stage("float model", 1) as done:
         float_top1 = top1(job.network, job.test)[0]
         done()
+    check_task(job.network, str(data) if isinstance(data, str) else data.name, job.test, float_top1, task)
     stages = Stages(job, macro, recipe, progress, _runs(state, macro, job, recipe))
     network, best = stages.calibrated(macro, "calibration")
     measured = _measured(network, macro, job, progress, "post-training")
