@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,13 +78,12 @@ def network_of(arch: str, builtin: tuple[str, ...]) -> nn.Module:
 
 
 def _refuse_spelling(arch: str, builtin: tuple[str, ...]) -> NoReturn:
-    told = suggestion(arch, builtin)
+    near = get_close_matches(arch, builtin, n=1, cutoff=0.75)
+    told = f"did you mean '{near[0]}'?" if near else f"give {SPELLINGS}, or one of {', '.join(sorted(builtin))}"
     if arch.endswith(".py"):
         told = f"give {escaped(arch)}:factory, with the name of the function in it that returns the network"
     elif re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", arch):
         told = f"did you mean '{':'.join(arch.rsplit('.', 1))}'?"
-    elif not told.startswith("did you"):
-        told = f"give {SPELLINGS}, or one of {', '.join(sorted(builtin))}"
     raise ConfigError(f"--arch {escaped(arch)} is neither package.module:factory nor a built-in network; {told}")
 
 
