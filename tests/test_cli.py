@@ -344,14 +344,15 @@ def test_the_help_tells_the_defaults():
 
 def test_quantize_reaches_every_parameter(rqtool, called):
     seen = called("quantize")
-    everything = [*words(MACRO_VALUES), *words(RECIPE_VALUES), *words(PIXEL_VALUES), "--arch", "a.b:c", "--input", "3,32,32", "--out", "o.rq", "--state", "s", "--no-twin", "--force"]
+    everything = [*words(MACRO_VALUES), *words(RECIPE_VALUES), *words(PIXEL_VALUES), "--arch", "a.b:c", "--input", "3,32,32", "--out", "o.rq", "--state", "s", "--no-twin", "--force",
+                  "--weights", "w", "--prefix", "p", "--task", "classify"]  # fmt: skip
     assert rqtool("quantize", "m.pt", "--data", "d.npz", *everything, "--threads", str(torch.get_num_threads()), "--json") == Ran(0, '{"done": true}\n', "")
     macro = make_macro("nthu-2019", **{name: value for name, value in meant(MACRO_VALUES).items() if name != "macro"})
     progress = seen.pop("progress")
     assert hasattr(progress, "stage")
     assert seen == {
         "model": "m.pt", "data": "d.npz", "macro": macro, "arch": "a.b:c", "out": "o.rq", "recipe": Recipe(**meant(RECIPE_VALUES)),
-        "preprocess": meant(PIXEL_VALUES), "input_shape": (3, 32, 32), "twin": False, "state": "s", "force": True,
+        "preprocess": meant(PIXEL_VALUES), "input_shape": (3, 32, 32), "weights": "w", "prefix": "p", "task": "classify", "twin": False, "state": "s", "force": True,
     }  # fmt: skip
 
 
@@ -361,7 +362,7 @@ def test_quantize_without_options_leaves_every_default(rqtool, called):
     seen.pop("progress")
     assert seen == {
         "model": "nets/my.net.pt", "data": "d.npz", "macro": Macro(adc_bits=None), "arch": None, "out": "my.net.rq", "recipe": Recipe(), "preprocess": {},
-        "input_shape": None, "twin": True, "state": None, "force": False,
+        "input_shape": None, "weights": None, "prefix": None, "task": None, "twin": True, "state": None, "force": False,
     }  # fmt: skip
 
 
@@ -383,8 +384,9 @@ def test_quantize_without_options_leaves_every_default(rqtool, called):
             "export m.rq", "export_onnx",
             {"source": "m.rq", "out": None, "body": "qlinear", "verify": True, "data": None, "images": 8, "vectors": None, "force": False},
         ),
-        ("plan m.pt --arch a.b:c --input 1,8,8 --wl 4", "plan", {"model": "m.pt", "macro": Macro(wl=4), "arch": "a.b:c", "input_shape": (1, 8, 8)}),
-        ("plan m.rq", "plan", {"model": "m.rq", "macro": None, "arch": None, "input_shape": None}),
+        ("plan m.pt --arch a.b:c --input 1,8,8 --wl 4 --weights w --prefix p", "plan",
+         {"model": "m.pt", "macro": Macro(wl=4), "arch": "a.b:c", "input_shape": (1, 8, 8), "weights": "w", "prefix": "p"}),
+        ("plan m.rq", "plan", {"model": "m.rq", "macro": None, "arch": None, "input_shape": None, "weights": None, "prefix": None}),
         ("demo --folder f --epochs 1", "run_demo", {"folder": "f", "recipe": Recipe(epochs=1)}),
         ("demo", "run_demo", {"folder": "rqtool-demo", "recipe": Recipe(epochs=6)}),
     ],
