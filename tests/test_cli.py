@@ -274,7 +274,7 @@ def test_presets_ops_and_doctor(rqtool):
 def test_demo_does_the_whole_job(rqtool, monkeypatch):
     small = Data("demo", *(Images(x[:, None], y) for x, y in (stripes(90), stripes(30))), 3)
     monkeypatch.setattr(prepare, "load_data", lambda *given: small)
-    monkeypatch.setattr(prepare, "load_model", lambda source, arch: net().eval())
+    monkeypatch.setattr(prepare, "load_model", lambda source, arch, **chosen: net().eval())
     ran = rqtool("demo", "--folder", "d", "--epochs", "0", "--json")
     assert ran.code == 0
     assert set(ran.json) == {"command", "quantize", "eval", "export"} and ran.json["quantize"]["recipe"]["epochs"] == 0
@@ -348,14 +348,15 @@ def test_the_help_tells_the_defaults():
 
 def test_quantize_reaches_every_parameter(rqtool, called):
     seen = called("quantize")
-    everything = [*words(MACRO_VALUES), *words(RECIPE_VALUES), *words(PIXEL_VALUES), "--arch", "a.b:c", "--input", "3,32,32", "--out", "o.rq", "--twin-out", "t.rq", "--state", "s", "--no-twin", "--force"]
+    everything = [*words(MACRO_VALUES), *words(RECIPE_VALUES), *words(PIXEL_VALUES), "--arch", "a.b:c", "--input", "3,32,32", "--out", "o.rq", "--twin-out", "t.rq", "--state", "s", "--no-twin", "--force",
+                  "--weights", "w", "--prefix", "p", "--task", "classify"]  # fmt: skip
     assert rqtool("quantize", "m.pt", "--data", "d.npz", *everything, "--threads", str(torch.get_num_threads()), "--json") == Ran(0, '{"done": true}\n', "")
     macro = make_macro("nthu-2019", **{name: value for name, value in meant(MACRO_VALUES).items() if name != "macro"})
     progress = seen.pop("progress")
     assert hasattr(progress, "stage")
     assert seen == {
         "model": "m.pt", "data": "d.npz", "macro": macro, "arch": "a.b:c", "out": "o.rq", "recipe": Recipe(**meant(RECIPE_VALUES)),
-        "preprocess": meant(PIXEL_VALUES), "input_shape": (3, 32, 32), "twin": False, "twin_out": "t.rq", "state": "s", "force": True,
+        "preprocess": meant(PIXEL_VALUES), "input_shape": (3, 32, 32), "weights": "w", "prefix": "p", "task": "classify", "twin": False, "twin_out": "t.rq", "state": "s", "force": True,
     }  # fmt: skip
 
 
@@ -365,7 +366,7 @@ def test_quantize_without_options_leaves_every_default(rqtool, called):
     seen.pop("progress")
     assert seen == {
         "model": "nets/my.net.pt", "data": "d.npz", "macro": Macro(adc_bits=None), "arch": None, "out": "my.net.rq", "recipe": Recipe(), "preprocess": {},
-        "input_shape": None, "twin": True, "twin_out": None, "state": None, "force": False,
+        "input_shape": None, "weights": None, "prefix": None, "task": None, "twin": True, "twin_out": None, "state": None, "force": False,
     }  # fmt: skip
 
 
@@ -387,8 +388,9 @@ def test_quantize_without_options_leaves_every_default(rqtool, called):
             "export m.rq", "export_onnx",
             {"source": "m.rq", "out": None, "body": "qlinear", "verify": True, "data": None, "images": 8, "vectors": None, "force": False},
         ),
-        ("plan m.pt --arch a.b:c --input 1,8,8 --wl 4", "plan", {"model": "m.pt", "macro": Macro(wl=4), "arch": "a.b:c", "input_shape": (1, 8, 8)}),
-        ("plan m.rq", "plan", {"model": "m.rq", "macro": None, "arch": None, "input_shape": None}),
+        ("plan m.pt --arch a.b:c --input 1,8,8 --wl 4 --weights w --prefix p", "plan",
+         {"model": "m.pt", "macro": Macro(wl=4), "arch": "a.b:c", "input_shape": (1, 8, 8), "weights": "w", "prefix": "p"}),
+        ("plan m.rq", "plan", {"model": "m.rq", "macro": None, "arch": None, "input_shape": None, "weights": None, "prefix": None}),
         ("demo --folder f --epochs 1", "run_demo", {"folder": "f", "recipe": Recipe(epochs=1)}),
         ("demo", "run_demo", {"folder": "rqtool-demo", "recipe": Recipe(epochs=6)}),
     ],

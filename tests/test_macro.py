@@ -251,7 +251,7 @@ def test_unreadable_files_are_refused(write, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    [b"x =", b"\xff\xfe", b"[macro]\nwl = 9\nwl = 9\n", b"[macro]\nwl = " + b"1" * 5000, b"a = " + b"[" * 20000, b'a = "\x00"'],
+    [b"x =", b"\xff\xff", b"[macro]\nwl = 9\nwl = 9\n", b"[macro]\nwl = " + b"1" * 5000, b"a = " + b"[" * 20000, b'a = "\x00"'],
     ids=["no value", "no UTF-8", "twice", "5000 digits", "20000 brackets", "control character"],
 )
 def test_what_is_not_toml_is_refused_in_one_sentence(write, text):

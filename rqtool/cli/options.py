@@ -17,17 +17,19 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from rqtool.cli import values
-from rqtool.cli.output import terminal_width, write_result
+from rqtool.cli.output import results_only, terminal_width, write_result
 from rqtool.hardware.macro import CHOICES, WHOLE, flag
 
 option = partial(typer.Option, show_default=False)
 argument = partial(typer.Argument, show_default=False)
 
 IMAGES = "Labelled images: .npz, MNIST or CIFAR-10 files, class folders, package.module:function, demo."
-NETWORK = "What a state dictionary belongs to: package.module:factory, or a built-in network (rqtool ops)."
+NETWORK = "What the weights belong to: package.module:factory, file.py:factory, with (arguments) or without, or a built-in network (rqtool ops)."
 
 DataSource = Annotated[str, option("--data", metavar="SRC", help=IMAGES)]
 Arch = Annotated[str | None, option("--arch", metavar="NET", help=NETWORK)]
+Weights = Annotated[str | None, option("--weights", metavar="KEY", help="Which weights of a checkpoint, where several fit: model_ema, ema.state_dict, ...")]
+Prefix = Annotated[str | None, option("--prefix", metavar="P", help="What stands before the names of the weights, where several fit: encoder_q, ...")]
 InputShape = Annotated[str | None, option("--input", metavar="C,H,W", help="The shape of one input of the model, where it is not known otherwise.")]
 Threads = Annotated[str | None, option("--threads", metavar="N", help="Threads for torch and the kernels (default: torch's own choice).")]
 State = Annotated[str | None, option("--state", metavar="FILE", help="Keep the state of training here after every epoch; where it exists, go on from it.")]
@@ -143,7 +145,8 @@ def shows(render: Callable[[dict[str, Any], int | None], str]) -> Callable[[Call
         @takes("output", OUTPUT, "Output")
         @wraps(command)
         def wrapper(output: dict[str, bool], **given: Any) -> None:
-            data = command(**given)
+            with results_only():
+                data = command(**given)
             write_result(json.dumps(data) if output["json"] else render(data, terminal_width()))
 
         return wrapper

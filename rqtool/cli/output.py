@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from rqtool.errors import StorageError, escaped
@@ -47,6 +50,45 @@ def write_result(text: str) -> None:
     except OSError as e:
         silence_stdout()
         raise StorageError(f"the output cannot be written ({escaped(e.strerror)}); free the place it goes to") from e
+
+
+@contextmanager
+def results_only() -> Iterator[None]:
+    """Keep stdout for results: what other code prints meanwhile, in Python or below it, goes to stderr."""
+    out = sys.stdout
+    out.flush()
+    kept = _redirected(out)
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = out
+        if kept is not None:
+            _flush_c()
+            os.dup2(kept, out.fileno())
+            os.close(kept)
+
+
+def _redirected(out: TextIO) -> int | None:
+    """Let the file descriptor of stdout lead to stderr; a copy of what it was. None where a stream has none (in tests)."""
+    try:
+        kept = os.dup(out.fileno())
+    except (OSError, ValueError, AttributeError):
+        return None
+    try:
+        os.dup2(sys.stderr.fileno(), out.fileno())
+    except (OSError, ValueError, AttributeError):
+        os.close(kept)
+        return None
+    return kept
+
+
+def _flush_c() -> None:
+    """Write out what C code has printed into its own buffer."""
+    try:
+        ctypes.CDLL(None).fflush(None)
+    except (OSError, AttributeError, TypeError):  # no such library to be asked
+        pass
 
 
 def silence_stdout() -> None:

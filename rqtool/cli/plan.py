@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import rqtool
 from rqtool.cli import values
-from rqtool.cli.options import MACRO, Arch, InputShape, argument, macro_of, shows, takes
+from rqtool.cli.options import MACRO, Arch, InputShape, Prefix, Weights, argument, macro_of, shows, takes
+from rqtool.cli.progress import make_progress
 from rqtool.report import results
 
 
@@ -17,9 +18,12 @@ def plan(
     macro: dict[str, Any],
     arch: Arch = None,
     input: InputShape = None,
+    weights: Weights = None,
+    prefix: Prefix = None,
 ) -> dict[str, Any]:
     """Show tiles, reads and cycles, layer by layer.
 
     All counts are for one image. No data is needed.
     """
-    return rqtool.plan(model, macro_of(macro) if macro else None, arch=arch, input_shape=values.sizes("--input", input)).to_json()
+    described, shape = macro_of(macro) if macro else None, values.sizes("--input", input)
+    return rqtool.plan(model, described, arch=arch, input_shape=shape, weights=weights, prefix=prefix, progress=make_progress()).to_json()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,7 @@ class Macro:
         return ", ".join(parts + extras)
 
 
+ABOUT = ("about", "source")  # what a preset says of itself
 FIELDS = tuple(f.name for f in fields(Macro))
 
 
@@ -225,15 +227,30 @@ def presets() -> list[dict[str, Any]]:
 def read_toml(path: Path) -> dict[str, Any]:
     """The [macro] table of a TOML file. Raises InputError where it cannot be read or parsed."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(text_of(path))
     except OSError as e:
         raise InputError(f"{escaped(path)}: cannot be read ({e.strerror}); give a readable TOML file") from e
     except (ValueError, RecursionError) as e:  # not UTF-8, not TOML, a number of 5000 digits, 5000 open brackets
         raise InputError(f"{escaped(path)}: is not TOML ({escaped(e)}); see docs/hardware.md for an example") from e
     table = document.get("macro")
     if not isinstance(table, dict):
-        raise InputError(f"{escaped(path)}: has no [macro] table; see docs/hardware.md for an example")
+        near = get_close_matches("macro", [k for k in document if isinstance(document[k], dict)], n=1)
+        way_out = f"did you mean [macro] with [{escaped(near[0])}]?" if near else "see docs/hardware.md for an example"
+        raise InputError(f"{escaped(path)}: has no [macro] table; {way_out}")
+    for key, value in document.items():
+        if key not in ("macro", *ABOUT):
+            what = f"a table [{escaped(key)}]" if isinstance(value, (dict, list)) else f"a key '{escaped(key)}' outside of [macro]"
+            way_out = "move it below [macro]" if key in FIELDS else "leave it out, or write it as a comment"
+            raise InputError(f"{escaped(path)}: has {what}, which nothing reads; {way_out}")
     return table
+
+
+def text_of(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark. Raises InputError for UTF-16, OSError and ValueError as reading does."""
+    data = path.read_bytes()
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{escaped(path)}: is written in UTF-16; save it as UTF-8")
+    return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
 def make_macro(source: str | None = None, **flags: Any) -> Macro:

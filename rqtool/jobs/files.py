@@ -14,6 +14,7 @@ from rqtool import checkpoint
 from rqtool.checkpoint import Checkpoint
 from rqtool.errors import CheckError, ConfigError, InputError, escaped
 from rqtool.hardware.macro import Macro
+from rqtool.jobs.alarms import Alarms
 from rqtool.jobs.prepare import sample_images
 from rqtool.jobs.results import Planned
 from rqtool.mapping.plan import Plan
@@ -27,20 +28,30 @@ from rqtool.program.run import Runner
 from rqtool.train.rewrite import plans
 
 
-def plan(model: str | Path | nn.Module, macro: Macro | None = None, *, arch: str | None = None, input_shape: tuple[int, ...] | None = None) -> Planned:
+def plan(
+    model: str | Path | nn.Module,
+    macro: Macro | None = None,
+    *,
+    arch: str | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    weights: str | None = None,
+    prefix: str | None = None,
+    progress: Any = None,
+) -> Planned:
     """The reads of a model on a macro, for one image; no data needed.
 
     model: a .rq file (whose own macro is the default), a model file, a built-in name or a torch module. input_shape: (C, H, W) of
-    one image; built-in networks and .rq files know theirs.
+    one image; built-in networks and .rq files know theirs. weights, prefix: as in `quantize`.
     """
+    alarms = Alarms(progress)
     name = model if isinstance(model, (str, Path)) else type(model).__name__
     if str(name).endswith(".rq"):
         saved = checkpoint.load(name)
         graph, macro = saved.network.graph, macro or saved.macro
     else:
-        graph = capture(load_model(model, arch), _shape_for(name, arch, input_shape)).graph
+        graph = capture(load_model(model, arch, weights=weights, prefix=prefix, say=alarms.say), _shape_for(name, arch, input_shape)).graph
     macro = macro or Macro()
-    return Planned(str(name), macro, graph.input_shape, [p.cost(_positions(graph, p)) for p in plans(graph, macro).values()])
+    return Planned(str(name), macro, graph.input_shape, [p.cost(_positions(graph, p)) for p in plans(graph, macro).values()], tuple(alarms.sentences))
 
 
 def _positions(graph: Graph, plan: Plan) -> int:
@@ -56,8 +67,11 @@ def _shape_for(name: str | Path, arch: str | None, shape: tuple[int, ...] | None
     return known.shape
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
-    """What a file holds, as plain data: .rq, .onnx, or a model file (names and shapes of its tensors). Nothing is executed."""
+def inspect(path: str | Path, weights: str | None = None) -> dict[str, Any]:
+    """What a file holds, as plain data: .rq, .onnx, or a model file (names and shapes of its tensors). Nothing is executed.
+
+    weights: which of several sets of weights of a model file to show.
+    """
     suffix = Path(path).suffix
     if suffix == ".rq":
         return _inspect_rq(checkpoint.load(path), path)
@@ -65,9 +79,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return _inspect_onnx(path)
     from rqtool.model.load import state_of
 
-    state = state_of(path)
-    if suffix == ".safetensors":  # which keeps no order
-        state = dict(sorted(state.items()))
+    state = state_of(path, weights)
     tensors = [{"name": escaped(k), "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for k, t in state.items()]
     return {"command": "inspect", "source": str(path), "kind": "weights", "values": sum(t.numel() for t in state.values()), "tensors": tensors}
 

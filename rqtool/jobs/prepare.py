@@ -105,6 +105,8 @@ def prepare(
     input_shape: tuple[int, ...] | None,
     progress: Any,
     alarms: Alarms,
+    weights: str | None = None,
+    prefix: str | None = None,
 ) -> Job:
     """Read and capture the model, read the data, and split it; raises InputError where they do not fit together."""
     pixels = preprocess if isinstance(preprocess, Preprocess) else replace(Preprocess(), **(preprocess or {}))
@@ -115,7 +117,7 @@ def prepare(
         if data.train is None:
             raise InputError(f"{escaped(data.name)}: has no training images to calibrate on; give a data set with a training part (x_train, y_train)")
         done()
-        network, fitted, axes = fit(load_model(model, arch), data, input_shape)
+        network, fitted, axes = fit(load_model(model, arch, weights=weights, prefix=prefix, say=alarms.say), data, input_shape)
         done()
     _check_classes(network, data)
     if not isinstance(preprocess, Preprocess):
@@ -179,6 +181,25 @@ def _check_classes(network: Network, data: Data) -> None:
     if len(scores) != 1:
         raise InputError(f"the model gives an output of shape {list(scores)} per image; rqtool measures class scores, one number per class")
     suspicions.check_labels(data, scores[0])
+
+
+def check_task(network: Network, data: str, labels: Feed, top1: float, task: str | None) -> None:
+    """Refuse what gives back as many numbers as it takes, as an autoencoder does, where it has more scores than there are labels or does no
+    better than chance. task "classify" says that it is a classifier all the same."""
+    if task not in (None, "classify"):
+        raise ConfigError(f"--task {escaped(task)} is not known; leave it out, or give classify")
+    graph = network.graph
+    scores = graph.shape(graph.output)[0]
+    if task == "classify" or prod(graph.input_shape) != scores:
+        return
+    counts = np.bincount(labels.images.y)
+    classes, share = int((counts > 0).sum()), counts.max() / counts.sum()
+    chance = 100 * (share + 2 * float(np.sqrt(share * (1 - share) / counts.sum())))
+    if scores > classes or top1 <= chance:
+        raise InputError(
+            f"{escaped(data)}: the model gives {scores} numbers, as many as it takes, as an autoencoder does, and names the right one of {classes} labels for "
+            f"{top1:.2f} % of the images, so it looks like no classifier; give --task classify if it is one"
+        )
 
 
 def check_augment(network: Network, recipe: Recipe, axes: Axes = PLAIN) -> None:

@@ -151,6 +151,7 @@ class Planned:
     macro: Macro
     input_shape: tuple[int, ...]
     layers: list[dict[str, Any]]
+    warnings: tuple[str, ...] = ()
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -158,7 +159,7 @@ class Planned:
         return sums | {"reads_per_mac": sums["reads"] / sums["macs"]}
 
     def to_json(self) -> dict[str, Any]:
-        return {"command": "plan", "source": self.source, "macro": self.macro.to_dict(), "input_shape": list(self.input_shape), "layers": self.layers, "totals": self.totals}
+        return {"command": "plan", "source": self.source, "macro": self.macro.to_dict(), "input_shape": list(self.input_shape), "layers": self.layers, "totals": self.totals, "warnings": list(self.warnings)}
 
 
 @dataclass(frozen=True)

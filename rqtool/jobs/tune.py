@@ -16,16 +16,7 @@ from rqtool.errors import ConfigError, InputError, escaped
 from rqtool.hardware.macro import Macro
 from rqtool.jobs import suspicions
 from rqtool.jobs.alarms import Alarms
-from rqtool.jobs.chain import (
-    Step,
-    calibrated_steps,
-    chain_rows,
-    epoch_rows,
-    say_what_the_twin_is,
-    say_what_training_brought,
-    tuned_step,
-)
-from rqtool.jobs.prepare import Silent, check_augment, fitting_images, prepare, read_data, ready_kernels, sample, split
+from rqtool.jobs.prepare import Silent, check_augment, check_task, fitting_images, prepare, read_data, ready_kernels, sample, split
 from rqtool.jobs.results import Quantized, Trained
 from rqtool.model.data import Data, Preprocess
 from rqtool.model.network import Network
@@ -60,6 +51,9 @@ def quantize(
     recipe: Recipe | None = None,
     preprocess: Preprocess | dict[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
+    weights: str | None = None,
+    prefix: str | None = None,
+    task: str | None = None,
     twin: bool = True,
     twin_out: str | Path | None = None,
     state: str | Path | None = None,
@@ -70,6 +64,8 @@ def quantize(
 
     model: a file, a built-in name or a torch module (it is not changed). data: as `load_data` reads it; needs training images.
     input_shape: what one image is for the model, (C, H, W), (C, L) or (F,), where it is not what the data set says.
+    weights, prefix: where in a file the weights are ("model_ema"), and what stands before their names; needed where several fit.
+    task: "classify" says that the model is a classifier where it does not look like one.
     preprocess: what a pixel is worth; a dictionary changes only those fields of the default for this data set.
     twin: also train the ideal-ADC twin equally long, which shows what the ADC alone costs; twin_out: save it as a .rq file, too.
     state: a file that is replaced after every epoch; where it exists, the same job goes on from it, to the same bits on the same
@@ -80,13 +76,14 @@ def quantize(
         check_writable(out, force)
     _check_twin_out(macro, out, twin, twin_out, force)
     alarms = Alarms(progress)
-    job = prepare(model, data, arch, recipe, preprocess, input_shape, progress, alarms)
+    job = prepare(model, data, arch, recipe, preprocess, input_shape, progress, alarms, weights, prefix)
     plans(job.network.graph, macro)  # what the macro cannot hold is refused before any work
     ready_kernels(progress, training=recipe.epochs + recipe.ideal_epochs > 0)
     with progress.stage("float model", 1) as done:
         right = hits(job.network, job.test)
         float_top1 = percent(right)
         done(1, f"top-1 {float_top1:.2f} %")
+    check_task(job.network, str(data) if isinstance(data, str) else data.name, job.test, float_top1, task)
     alarms.say_all(suspicions.of_chance(float_top1, job.test.images.y, job.network.graph.shape(job.network.graph.output)[0]))
     stages = Stages(job, macro, recipe, progress, _runs(state, macro, job, recipe))
     network, best = stages.calibrated(macro, "calibration")

@@ -7,19 +7,21 @@ weights included. `LIFT` is the whole list of what is understood.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
 from math import inf
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from rqtool.errors import InputError, escaped
+from rqtool.errors import InputError, RqError, escaped
 from rqtool.mapping.plan import Geometry
 from rqtool.model import audit
 from rqtool.model.graph import Graph, Node
@@ -89,11 +91,29 @@ class Call:
         return self.lifter.emit("reshape", self.node.name, (value,), shape, {"shape": list(shape)})
 
 
+def at(node: fx.Node) -> str:
+    """An operation as a user finds it: its name, and in brackets the layer and the line of the user's own code it comes from."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]).removeprefix("L['self']").strip(".") if stack else ""
+    line = _user_line(node.meta.get("stack_trace") or "")
+    places = [f"layer {escaped(path)}"] * bool(path) + [line] * bool(line)
+    return escaped(node.name) + (f" ({', '.join(places)})" if places else "")
+
+
+def _user_line(trace: str) -> str:
+    """The innermost line of a stack trace that is neither torch's nor ours; "" where there is none."""
+    frames = [(file, number) for file, number in re.findall(r'File "([^"]+)", line (\d+)', trace) if not file.startswith((*OWN_CODE, "<"))]
+    return f"{escaped(Path(frames[-1][0]).name)} line {frames[-1][1]}" if frames else ""
+
+
+OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
 def sample_shape(node: fx.Node) -> tuple[int, ...]:
     """The shape of a value without its batch axis. Raises InputError where the first axis is not the batch."""
     shape = node.meta["val"].shape
     if not shape or not isinstance(shape[0], torch.SymInt) or not shape[0].node.expr.is_Symbol:  # 2 * batch is no batch either
-        raise InputError(f"{escaped(node.name)}: its first axis is not the batch of images; the model mixes images or drops the batch, which a macro cannot")
+        raise InputError(f"{at(node)}: its first axis is not the batch of images; the model mixes images or drops the batch, which a macro cannot")
     return tuple(int(n) for n in shape[1:])
 
 
@@ -107,14 +127,25 @@ def pair(x: Any, default: Any = None) -> tuple[int, int]:
 # -- layers with weights ---------------------------------------------------------------------------------------------
 def _layer(call: Call, geometry: Geometry) -> str:
     lifter, weight_node, bias_node = call.lifter, call.args["weight"], call.args.get("bias")
-    weight_name, weight = lifter.parameter(weight_node, escaped(call.node.name))[0], lifter.weight(weight_node, escaped(call.node.name))
-    bias = None if bias_node is None else lifter.weight(bias_node, escaped(call.node.name))
+    _check_layer(call)
+    weight_name, weight = lifter.parameter(weight_node, at(call.node))[0], lifter.weight(weight_node, at(call.node))
+    bias = None if bias_node is None else lifter.weight(bias_node, at(call.node))
     name = weight_name.removesuffix(".weight")
     return lifter.emit("conv", name, (call.input("input"),), call.shape, {"geometry": geometry.to_dict()}, Conv(geometry, weight, bias))
 
 
+def _check_layer(call: Call) -> None:
+    """Refuse weights that are empty or no float32, and a bias that is not one number for each output."""
+    weight = call.lifter.parameter(call.args["weight"], at(call.node))[1]
+    bias = None if call.args.get("bias") is None else call.lifter.parameter(call.args["bias"], at(call.node))[1]
+    if weight.numel() == 0:
+        raise InputError(f"{at(call.node)}: its weight of shape {list(weight.shape)} is empty; give a layer with inputs and outputs")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise InputError(f"{at(call.node)}: its bias has shape {list(bias.shape)}, not one number for each of {weight.shape[0]} outputs; store it in that shape")
+
+
 def _conv(call: Call) -> str:
-    a, weight = call.args, call.lifter.parameter(call.args["weight"], escaped(call.node.name))[1]
+    a, weight = call.args, call.lifter.parameter(call.args["weight"], at(call.node))[1]
     dims = weight.dim() - 2
     kernel = tuple(weight.shape[2:])
     stride, dilation = ([*_sized(a[name], dims)] for name in ("stride", "dilation"))
@@ -148,20 +179,24 @@ def _same(call: Call, kernel: tuple[int, ...], dilation: list[int]) -> list[int]
 
 
 def _linear(call: Call) -> str:
-    weight = call.lifter.parameter(call.args["weight"], escaped(call.node.name))[1]
+    weight = call.lifter.parameter(call.args["weight"], at(call.node))[1]
+    if weight.dim() != 2:
+        raise InputError(f"{at(call.node)}: its weight has shape {list(weight.shape)}, not [outputs, inputs]; store it as a matrix, for example with unsqueeze(0)")
     return _layer(call, Geometry(weight.shape[1], weight.shape[0], kind="linear"))
 
 
 def _batch_norm(call: Call) -> str:
     a, lifter = call.args, call.lifter
     if a["running_mean"] is None:
-        raise InputError(f"{escaped(call.node.name)}: batch norm without running statistics depends on the other images of a batch; use track_running_stats=True")
-    mean_name, mean = lifter.parameter(a["running_mean"], escaped(call.node.name))
+        raise InputError(f"{at(call.node)}: batch norm without running statistics depends on the other images of a batch; use track_running_stats=True")
+    if len(call.shape) not in (1, 2, 3):
+        raise InputError(f"{at(call.node)}: batch norm of values of shape {list(call.shape)} is not supported; only of vectors, signals and images")
+    mean_name, mean = lifter.parameter(a["running_mean"], at(call.node))
     norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d}[len(call.shape)](mean.numel(), eps=a["eps"], momentum=a["momentum"])
-    norm.running_mean, norm.running_var = mean, lifter.parameter(a["running_var"], escaped(call.node.name))[1]
+    norm.running_mean, norm.running_var = mean, lifter.parameter(a["running_var"], at(call.node))[1]
     for role in ("weight", "bias"):
         if a[role] is not None:
-            setattr(norm, role, lifter.weight(a[role], escaped(call.node.name)))
+            setattr(norm, role, lifter.weight(a[role], at(call.node)))
     attrs = {"features": mean.numel(), "eps": a["eps"], "momentum": a["momentum"]}
     return lifter.emit("batch_norm", mean_name.removesuffix(".running_mean"), (call.input("input"),), call.shape, attrs, norm)
 
@@ -176,6 +211,13 @@ def _pool(call: Call, op: str, **attrs: Any) -> str:
     return call.reshape(pooled, out)
 
 
+def _check_pool(call: Call) -> None:
+    """Refuse a pool that takes the batch axis for channels: torch reads values without a channel axis as one image."""
+    dims = 2 if "2d" in _short(call.node) else 1 if "1d" in _short(call.node) else len(call.input_shape()) - 1
+    if len(call.input_shape()) != dims + 1:
+        raise InputError(f"{at(call.node)}: pools values of shape {list(call.input_shape())}, which have no channels; add that axis, for example with x.unsqueeze(1)")
+
+
 def _window(call: Call) -> dict[str, tuple[int, int]]:
     """kernel, stride, padding, dilation of a pool as 2-d pairs."""
     a = call.args
@@ -186,6 +228,7 @@ def _window(call: Call) -> dict[str, tuple[int, int]]:
 
 
 def _max_pool(call: Call) -> str:
+    _check_pool(call)
     w = _window(call)
     sizes = ((1, *call.input_shape()) if len(call.input_shape()) == 2 else call.input_shape())[-2:]
     outs = ((1, *call.shape) if len(call.shape) == 2 else call.shape)[-2:]
@@ -195,16 +238,18 @@ def _max_pool(call: Call) -> str:
 
 
 def _avg_pool(call: Call) -> str:
+    _check_pool(call)
     if call.args["ceil_mode"] or call.args.get("divisor_override"):
-        raise InputError(f"{escaped(call.node.name)}: an average pool with ceil_mode or divisor_override is not supported; use floor mode and the window's own size")
+        raise InputError(f"{at(call.node)}: an average pool with ceil_mode or divisor_override is not supported; use floor mode and the window's own size")
     w = _window(call)
     return _pool(call, "avgpool", kernel=list(w["kernel"]), stride=list(w["stride"]), padding=list(w["padding"]), include_pad=call.args["count_include_pad"])
 
 
 def _adaptive_pool(call: Call) -> str:
+    _check_pool(call)
     sizes, outs = call.input_shape()[1:], call.shape[1:]
     if any(n % o for n, o in zip(sizes, outs)):
-        raise InputError(f"{escaped(call.node.name)}: {escaped(list(sizes))} does not divide evenly into {escaped(list(outs))} for an adaptive average pool; resize the images")
+        raise InputError(f"{at(call.node)}: {escaped(list(sizes))} does not divide evenly into {escaped(list(outs))} for an adaptive average pool; resize the images")
     kernel = [n // o for n, o in zip(sizes, outs)]
     kernel = [1] * (2 - len(kernel)) + kernel
     return _pool(call, "avgpool", kernel=kernel, stride=kernel, padding=[0, 0], include_pad=True)
@@ -214,7 +259,7 @@ def _mean(call: Call) -> str:
     shape = call.input_shape()
     axes = sorted((a % (len(shape) + 1)) - 1 for a in call.args["dim"] or [])
     if axes != list(range(1, len(shape))) or len(shape) > 3 or len(shape) < 2:
-        raise InputError(f"{escaped(call.node.name)}: a mean over axes {escaped(call.args['dim'])} is not supported; only a mean over all positions of an image is")
+        raise InputError(f"{at(call.node)}: a mean over axes {escaped(call.args['dim'])} is not supported; only a mean over all positions of an image is")
     kernel = ([1] * (2 - len(axes))) + list(shape[1:])
     image = call.input()
     if len(shape) == 2:
@@ -251,11 +296,11 @@ def _concat(call: Call) -> str:
 
 def _pad(call: Call) -> str:
     if call.args.get("mode", "constant") != "constant" or call.args.get("value") not in (None, 0, 0.0):
-        raise InputError(f"{escaped(call.node.name)}: only padding with zeros is supported, not mode {escaped(call.args.get('mode'))} with value {escaped(call.args.get('value'))}")
+        raise InputError(f"{at(call.node)}: only padding with zeros is supported, not mode {escaped(call.args.get('mode'))} with value {escaped(call.args.get('value'))}")
     flat = call.args["pad"]
     pads = [[0, 0]] * (len(call.shape) - len(flat) // 2) + [list(flat[i : i + 2]) for i in range(len(flat) - 2, -1, -2)]
     if any(n < 0 for p in pads for n in p):
-        raise InputError(f"{escaped(call.node.name)}: padding by a negative number is not supported; slice instead")
+        raise InputError(f"{at(call.node)}: padding by a negative number is not supported; slice instead")
     return call.emit("pad", pads=pads)
 
 
@@ -281,7 +326,7 @@ def _sum(sign: int) -> Callable[[Call], str]:
         if a["other"] not in call.lifter.value or factor not in (1, -1):
             return _refuse(call)
         if not call.input_shape() == call.input_shape("other") == call.shape:
-            raise InputError(f"{escaped(call.node.name)}: adds shapes {escaped(list(call.input_shape()))} and {escaped(list(call.input_shape('other')))}; only equal shapes are supported")
+            raise InputError(f"{at(call.node)}: adds shapes {escaped(list(call.input_shape()))} and {escaped(list(call.input_shape('other')))}; only equal shapes are supported")
         return call.emit("add", (call.input(), call.input("other")), signs=[1, factor])
 
     return lift
@@ -297,18 +342,25 @@ def _scaled(divide: bool) -> Callable[[Call], str]:
     return lift
 
 
+def _to(call: Call) -> str:
+    dtype = call.node.meta["val"].dtype
+    if dtype != torch.float32:
+        raise InputError(f"{at(call.node)}: turns values into {str(dtype).removeprefix('torch.')}, but a capture computes in float32; leave the conversion out")
+    return call.input()
+
+
 def _tail(call: Call) -> str:
     if call.args["dim"] % (len(call.shape) + 1) != len(call.shape) or any(u.op != "output" for u in call.node.users):
-        raise InputError(f"{escaped(call.node.name)}: {_short(call.node)} is supported only over the classes at the very end of a model")
+        raise InputError(f"{at(call.node)}: {_short(call.node)} is supported only over the classes at the very end of a model")
     return call.emit("tail", name=_short(call.node))
 
 
 def _short(node: fx.Node) -> str:
-    return str(node.target).split(".")[1]
+    return str(node.target).split(".")[1] if "." in str(node.target) else getattr(node.target, "__name__", "")
 
 
-def _refuse(call: Call) -> str:
-    raise InputError(f"{escaped(call.node.name)}: the operation {escaped(call.node.target)} is not supported in this form; `rqtool ops` lists what is")
+def _refuse(call: Call, cause: Exception | None = None) -> NoReturn:
+    raise InputError(f"{at(call.node)}: the operation {escaped(call.node.target)} is not supported in this form; `rqtool ops` lists what is") from cause
 
 
 LIFT: dict[str, Callable[[Call], str]] = {
@@ -333,7 +385,7 @@ LIFT: dict[str, Callable[[Call], str]] = {
     "feature_dropout.default": lambda c: c.emit("dropout", (c.input("input"),), p=c.args["p"]),
     "softmax.int": _tail, "log_softmax.int": _tail,
     "contiguous.default": lambda c: c.input(), "clone.default": lambda c: c.input(), "alias.default": lambda c: c.input(),
-    "detach.default": lambda c: c.input(), "to.dtype": lambda c: c.input(),
+    "detach.default": lambda c: c.input(), "to.dtype": _to,
 }  # fmt: skip
 # What may share the memory of its input.
 VIEWS = {
@@ -349,6 +401,8 @@ def capture(model: nn.Module, input_shape: tuple[int, ...]) -> Network:
     input_shape: one input without batch. Raises InputError for models that torch.export or the operation list cannot take, or that have no conv or linear
     layer; CoverageError (from the audit) where weight-bearing work would be left out.
     """
+    if 0 in input_shape:
+        raise InputError(f"an input of shape {list(input_shape)} is empty; give sizes of at least 1")
     exported = _export(model, input_shape)
     network = _lift(exported).eval()
     if not network.graph.convs():
@@ -376,6 +430,8 @@ def _first_line(e: Exception) -> str:
 
 
 def _export(model: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    if type(model).forward is nn.Module.forward:
+        raise InputError(f"the model, a {escaped(type(model).__name__)}, has no forward method, so it computes nothing; give the network that does")
     was_training = model.training
     try:
         with _quiet():
@@ -395,11 +451,32 @@ def _lift(exported: torch.export.ExportedProgram) -> Network:
     inputs = [n for n in placeholders if n.name in signature.user_inputs]
     order = {n: i for i, n in enumerate(graph.nodes)}
     lifter.value[inputs[0]] = "input"
+    _refuse_missing(graph, inputs[0])
     for node in graph.nodes:
         if node.op == "call_function":
             _lift_call(lifter, node, order)
     output = _single_output(lifter, graph.output_node())
     return Network(Graph("input", sample_shape(inputs[0]), output, tuple(lifter.nodes)), lifter.layers)
+
+
+SIZES = (torch.SymInt, torch.SymBool, int, bool)  # what of a graph are sizes and assertions, not values
+
+
+def _refuse_missing(graph: fx.Graph, image: fx.Node) -> None:
+    """Name every operation that is not in LIFT, among those whose values depend on the image."""
+    reached, missing = {image}, {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and any(n in reached for n in node.all_input_nodes) and value is not None and not isinstance(value, SIZES):
+            reached.add(node)
+            if _aten(node) not in LIFT and _short(node) != "getitem":
+                missing.setdefault(_aten(node), node)
+    if len(missing) == 1:
+        name, node = next(iter(missing.items()))
+        raise InputError(f"{at(node)}: the operation aten.{escaped(name)} is not supported; `rqtool ops` lists what is")
+    if missing:
+        listed = ", ".join(f"aten.{escaped(name)} at {at(node)}" for name, node in missing.items())
+        raise InputError(f"{len(missing)} operations are not supported: {listed}; `rqtool ops` lists what is")
 
 
 def _single_output(lifter: Lifter, node: fx.Node) -> str:
@@ -427,17 +504,22 @@ def _lift_call(lifter: Lifter, node: fx.Node, order: dict[fx.Node, int]) -> None
         if _in_place(node):
             lifter.tensors.pop(node.args[0], None)
         return
-    if value is None or isinstance(value, (torch.SymInt, torch.SymBool, int, bool)):
+    if value is None or isinstance(value, SIZES):
         return  # sizes and assertions
     if name not in LIFT:
-        raise InputError(f"{escaped(node.name)}: the operation aten.{escaped(name)} is not supported; `rqtool ops` lists what is")
+        raise InputError(f"{at(node)}: the operation aten.{escaped(name)} is not supported; `rqtool ops` lists what is")
     args = {a.name: a.default_value for a in node.target._schema.arguments}
     args.update(zip(args, node.args))
     args.update(node.kwargs)
     if _in_place(node):
         _check_alias(node, order)
     before = dict(lifter.value)
-    result = LIFT[name](Call(lifter, node, args))
+    try:
+        result = LIFT[name](Call(lifter, node, args))
+    except RqError:
+        raise
+    except Exception as e:  # arguments of a kind that the operation's own lift does not know
+        _refuse(Call(lifter, node, args), e)
     lifter.value = {**before, node: result}
     if _in_place(node):
         lifter.value[node.args[0]] = result  # later uses of the input see the changed value
@@ -456,7 +538,7 @@ def _check_alias(node: fx.Node, order: dict[fx.Node, int]) -> None:
     others = [n for n in order if n is not changed and order[n] < order[node] and _memory(n) is memory]
     seen = [user for n in others for user in n.users if order[user] > order[node]]
     if seen:
-        raise InputError(f"{escaped(node.name)}: changes a tensor in place while a view of it is used later by {escaped(seen[0].name)}; write it out of place")
+        raise InputError(f"{at(node)}: changes a tensor in place while a view of it is used later by {at(seen[0])}; write it out of place")
 
 
 def _eval(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -475,7 +557,13 @@ def _eval(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def _compare(model: nn.Module, network: Network, shape: tuple[int, ...]) -> None:
     """Refuse a capture that does not compute what the model computes, on random inputs in eval mode."""
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    expected, got = _eval(model, x), network(x)
+    expected = _eval(model, x)
+    if expected.dtype != torch.float32:
+        raise InputError(f"the model returns {str(expected.dtype).removeprefix('torch.')}, not float32 scores; let it return the scores themselves in float32")
+    try:
+        got = network(x)
+    except (RuntimeError, TypeError, ValueError, IndexError) as e:  # a form that the lifts let through
+        raise InputError(f"the captured graph cannot be computed in float32 on inputs of shape {list(shape)}: {_first_line(e)}") from e
     if not torch.isfinite(expected).all():
         raise InputError("the model's scores of random images are not finite numbers; look for infinity or NaN in the model file")
     if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-3, atol=1e-4 * (1 + float(expected.abs().max()))):

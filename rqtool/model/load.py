@@ -2,23 +2,23 @@
 
     nn.Module              as it is
     demo                   the embedded network with its trained weights
-    .pt .pth .th           weights_only loading, always: a state dictionary (with --arch), or a whole network of torch.nn layers
-    .safetensors           a state dictionary (with --arch)
-    TorchScript .pt2 .onnx refused, with the way out
+    torch.save, pickle     a state dictionary anywhere inside (with --arch), or a whole network of torch.nn layers
+    safetensors            a state dictionary (with --arch), also in several files with their index, or in a folder
+    TorchScript, .pt2      their weights (with --arch)
+    .onnx                  refused, with the way out
 
-A pickled whole network never makes a torch.nn object while it is read: its classes become inert records (`Record`), the records are
-checked to be plain data without hooks, and only then are the layers built from them.
+What a file is is seen from its bytes; its name counts only where they say nothing. A pickle is read by a machine of our own
+(pickles.py). A pickled whole network never makes a torch.nn object while it is read: its classes become inert records (`Record`), the
+records are checked to be plain data without hooks, and only then are the layers built from them.
 """
 
 from __future__ import annotations
 
 import io
-import pickletools
-import warnings
+import json
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # what Python 2 called the modules that old pickles name
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -29,39 +29,58 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from rqtool.errors import ConfigError, InputError, escaped, suggestion
-from rqtool.model.named import call, is_named, resolve, said
+from rqtool.errors import ConfigError, InputError, escaped
+from rqtool.model import select
+from rqtool.model.named import network_of, said
+from rqtool.model.pickles import Name, Unknown, read_pickle, read_program_weights, read_zip
 from rqtool.model.zoo import ZOO
 from rqtool.storage import read_file
 
-TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt")
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "ema", "ema_state_dict", "model_ema")
-MAX_WRAPPERS = 3
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+TORCH_SUFFIXES = (".pt", ".pth", ".th", ".tar", ".bin", ".ckpt", ".pkl", ".pickle")
 ONLY_STATE = "save the weights with torch.save(model.state_dict(), FILE) and give --arch package.module:factory"
 REFUSED = {
     ".pt2": "exported programs are not read by this version",
     ".onnx": "ONNX models are not read by this version",
     ".rq": "is compressed already, by rqtool",
 }
+OTHERS = (
+    (b"\x89HDF\r\n", "is an HDF5 file, as Keras writes it", "give a torch or safetensors file"),
+    (b"\x1f\x8b", "is packed with gzip", "unpack it and give what is inside"),
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself", "fetch it with git lfs pull"),
+    (b"<!DOCTYPE", "is a web page, not a model", "fetch the file that the page links to"),
+    (b"<html", "is a web page, not a model", "fetch the file that the page links to"),
+)
+INDEX = ".index.json"
+FOLDER_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+RUNS = ("posix", "nt", "os", "subprocess", "pty", "runpy", "socket", "shutil", "ctypes", "importlib", "webbrowser", "code", "commands")
+RUNS_BUILTIN = tuple(f"builtins.{name}" for name in ("eval", "exec", "compile", "__import__", "open", "input", "breakpoint"))
 
 
-def load_model(source: str | Path | nn.Module, arch: str | None = None) -> nn.Module:
+def load_model(
+    source: str | Path | nn.Module,
+    arch: str | None = None,
+    *,
+    weights: str | None = None,
+    prefix: str | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> nn.Module:
     """The network in `source`, float32, in evaluation mode (an nn.Module comes back as it is).
 
-    arch: what a state dictionary belongs to, "package.module:factory" (called without arguments; importing it runs its code) or a
-    name of `zoo.ZOO`. Raises InputError where the file cannot be read, is refused or does not fit; ConfigError for a missing or
-    unknown `arch`.
+    arch: what a state dictionary belongs to, as `named.network_of` reads it (its code runs), or a name of `zoo.ZOO`. weights: where in
+    the file the weights are ("model_ema", "ema.state_dict"); needed only where several different ones fit. prefix: what stands before
+    each name of the network's weights; needed only then, too. say: is given a sentence on what was left out. Raises InputError where
+    the file cannot be read, is refused or does not fit; ConfigError for a missing or unknown `arch`, `weights` or `prefix`.
     """
     if isinstance(source, nn.Module):
+        if weights is not None or prefix is not None:
+            raise ConfigError("--weights and --prefix choose in a file, but the model is a torch module already; leave them out")
         return source
     if str(source) == "demo":
-        return load_model(Path(str(resources.files("rqtool.demo").joinpath("demo.safetensors"))), arch or "demo")
+        source, arch = Path(str(resources.files("rqtool.demo").joinpath("demo.safetensors"))), arch or "demo"
     where = escaped(source)
-    found = find_weights(_read(Path(source)), where)
-    if isinstance(found, nn.Module) and arch is not None:
-        found = found.state_dict()
-    net = found if isinstance(found, nn.Module) else _fill(build(arch, where), found, where, arch)
+    loaded = _read(Path(source), arch is not None)
+    found = select.chosen(_tables(loaded, where), weights, where)
+    net = _whole(found, where) if arch is None else _fill(build(arch), found, prefix, where, escaped(arch), say)
     return _finish(net, where)
 
 
@@ -73,114 +92,126 @@ def _finish(net: nn.Module, where: str) -> nn.Module:
     return net
 
 
-def state_of(source: str | Path) -> dict[str, torch.Tensor]:
+def state_of(source: str | Path, weights: str | None = None) -> dict[str, torch.Tensor]:
     """The names and tensors of a model file, in its own types, without making any network of it.
 
-    A whole network gives the names its `state_dict()` would have. Raises InputError as `load_model` does.
+    A whole network gives the names its `state_dict()` would have. weights: where in the file they are, needed where there are several
+    different ones. Raises InputError and ConfigError as `load_model` does.
     """
-    loaded, where = _unwrapped(_read(Path(source))), escaped(source)
-    if not isinstance(loaded, Record):
-        return find_weights(loaded, where)
+    where = escaped(source)
+    table = select.single(select.chosen(_tables(_read(Path(source), True), where), weights, where), where)
+    if not isinstance(table.network, Record) or _own_classes(table.network):
+        return _plain_weights(table.tensors, where)
     try:
-        return dict(_tensors_of(loaded, where))
+        return dict(_tensors_of(table.network, where))
     except RecursionError as e:
         _refuse_depth(where, e)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
-def _read(path: Path) -> Any:
-    """What a model file holds: plain data, tensors and records. Any other kind of file is refused."""
+def _read(path: Path, weights_only: bool) -> Any:
+    """What a model file holds: plain data, tensors and inert records. weights_only: nothing but weights is wanted, which archives of
+    code have too. Any other kind of file is refused."""
+    if path.is_dir():
+        path = _in_folder(path)
+    if path.name.endswith(INDEX):
+        return _read_shards(path, weights_only)
     data, suffix, where = read_file(path), path.suffix.lower(), escaped(path)
-    if suffix == ".rq":
+    for start, what, way_out in OTHERS:
+        if data[: len(start)].lower() == start.lower():
+            raise InputError(f"{where}: {what}; {way_out}")
+    if suffix == ".rq" or b'"rqtool.rq/' in data[:4096]:
         raise InputError(f"{where}: {REFUSED['.rq']}; use it with rqtool eval, train or export, or give the float model")
-    if suffix in REFUSED:
+    if suffix in REFUSED and data[:2] != b"PK":
         raise InputError(f"{where}: {REFUSED[suffix]}; {ONLY_STATE}")
-    if suffix != ".safetensors" and suffix not in TORCH_SUFFIXES:
-        raise InputError(f"{where}: is no kind of model this version reads; give a file ending in {', '.join((*TORCH_SUFFIXES[:3], '.safetensors'))}")
-    return _read_safetensors(data, where) if suffix == ".safetensors" else read_torch(data, where)
+    if suffix == ".safetensors" or _is_safetensors(data):
+        return _read_safetensors(data, where)
+    if data[:2] == b"PK" and weights_only and _is_program(data, where):
+        return _guarded(read_program_weights, data, where)
+    if data[:2] == b"PK" and not weights_only:
+        _refuse_archives(data, where)
+    if data[:2] != b"PK" and suffix not in TORCH_SUFFIXES and data[:1] not in b"\x80(]}":
+        raise InputError(f"{where}: is no kind of model this version reads; give a file ending in .pt, .pth, .th, .safetensors")
+    return read_torch(data, where)
+
+
+def _in_folder(folder: Path) -> Path:
+    """The file that a folder of weights is about. Raises InputError where there is none, or several."""
+    known = [folder / name for name in FOLDER_FILES if (folder / name).is_file()]
+    found = known[:1] or [p for p in sorted(folder.iterdir()) if p.name.endswith((".safetensors", ".safetensors" + INDEX))]
+    if not found:
+        raise InputError(f"{escaped(folder)}: is a folder, not a file; give a file")
+    if len(found) > 1:
+        raise InputError(f"{escaped(folder)}: holds {len(found)} model files ({', '.join(escaped(p.name) for p in found[:3])}, ...); give one of them")
+    return found[0]
+
+
+def _read_shards(path: Path, weights_only: bool) -> dict[str, Any]:
+    """The tensors of all files that an index names; they lie beside it."""
+    where = escaped(path)
+    try:
+        table = json.loads(read_file(path).decode("utf-8-sig"))["weight_map"]
+        files = sorted(set(table.values()))
+        plain = all(isinstance(f, str) and f == Path(f).name and not f.endswith(INDEX) for f in files)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise InputError(f"{where}: is no index of weights in several files; make or fetch it again") from e
+    if not plain:
+        raise InputError(f"{where}: names files in other folders; give an index whose files lie beside it")
+    parts = {name: _read(path.with_name(name), weights_only) for name in files}
+    missing = [k for k, name in table.items() if not (isinstance(parts[name], Mapping) and k in parts[name])]
+    if missing:
+        raise InputError(f"{where}: {select.listed('tensors are not in the files it names', missing)}; fetch all files again")
+    return {k: parts[name][k] for k, name in table.items()}
+
+
+def _is_safetensors(data: bytes) -> bool:
+    return data[8:9] == b"{" and 2 <= int.from_bytes(data[:8], "little") <= len(data) - 8
 
 
 def _read_safetensors(data: bytes, where: str) -> dict[str, torch.Tensor]:
     try:
-        return safetensors.torch.load(data)
+        return dict(sorted(safetensors.torch.load(data).items()))  # the file keeps no order
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as e:
         raise InputError(f"{where}: is not a readable safetensors file; make or fetch it again") from e
 
 
 def read_torch(data: bytes, where: str) -> Any:
-    """What torch.save wrote: tensors, plain data and records."""
-    _refuse_archives(data, where)
-    allowed = [(record, name) for name, record in RECORDS.items()]
+    """What torch.save or pickle.dump wrote: tensors, plain data and inert records."""
+    _members(data, where)
+    return _guarded(read_zip if data[:2] == b"PK" else read_pickle, data, where)
+
+
+def _guarded(read: Callable[[bytes, Mapping[str, type]], Any], data: bytes, where: str) -> Any:
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
-            warnings.simplefilter("ignore")  # about protocols and old storages
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return read(data, RECORDS)
+    except MemoryError:
+        raise
     except Exception as e:  # a broken or hostile pickle can end in any exception; none of it is ours
-        _refuse_pickle(data, where, e)
+        raise InputError(f"{where}: is not a readable torch file; make or fetch it again") from e
+
+
+def _members(data: bytes, where: str) -> list[str]:
+    """The names in a zip file; none for any other."""
+    try:
+        return zipfile.ZipFile(io.BytesIO(data)).namelist() if data[:2] == b"PK" else []
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as e:
+        raise InputError(f"{where}: is a damaged torch file; make or fetch it again") from e
+
+
+def _is_program(data: bytes, where: str) -> bool:
+    return any(n.endswith(("archive_format", "serialized_exported_program.json")) for n in _members(data, where))
 
 
 def _refuse_archives(data: bytes, where: str) -> None:
-    """Other zip files that torch writes under the same endings."""
-    try:
-        names = zipfile.ZipFile(io.BytesIO(data)).namelist() if data[:2] == b"PK" else []
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as e:
-        raise InputError(f"{where}: is a damaged torch file; make or fetch it again") from e
+    """Other zip files that torch writes under the same endings, which are networks in code."""
+    names = _members(data, where)
     if any(n.endswith("/constants.pkl") or "/code/" in n for n in names):
-        raise InputError(f"{where}: is a TorchScript archive, which is code, not weights; {ONLY_STATE}")
-    if any(n.endswith("archive_format") or n.endswith("serialized_exported_program.json") for n in names):
-        raise InputError(f"{where}: {REFUSED['.pt2']}; {ONLY_STATE}")
+        raise InputError(f"{where}: is a TorchScript archive, which is code, not weights; {FROM_ARCHIVE}")
+    if _is_program(data, where):
+        raise InputError(f"{where}: {REFUSED['.pt2']}; {FROM_ARCHIVE}")
 
 
-def _refuse_pickle(data: bytes, where: str, cause: Exception) -> NoReturn:
-    needed = sorted(pickled_globals(data) - set(RECORDS) - set(torch._weights_only_unpickler._get_allowed_globals()))
-    if needed:
-        listed = ", ".join(escaped(n) for n in needed[:6]) + (", ..." if len(needed) > 6 else "")
-        raise InputError(f"{where}: is refused, for it needs {listed}, beyond weights and torch.nn layers; {ONLY_STATE}") from cause
-    if data[:2] != b"PK" and "persistent_load" in str(cause):  # the weights-only reader takes nothing but numbers from that format
-        raise InputError(f"{where}: is a whole network in the format of torch before 1.6; {ONLY_STATE}") from cause
-    raise InputError(f"{where}: is not a readable torch file; make or fetch it again") from cause
-
-
-def pickled_globals(data: bytes) -> set[str]:
-    """The classes and functions that the pickles in a torch file name, without loading any of them."""
-    names: set[str] = set()
-    try:
-        for stream in _pickles(data):
-            names |= set(_globals_of(stream))
-    except Exception:  # pickletools raises anything on garbage; what was found up to there is the answer
-        pass
-    return names
-
-
-def _pickles(data: bytes) -> Iterator[io.BytesIO]:
-    """A zip holds one pickle; the format before it is a row of them, then raw numbers."""
-    if data[:2] == b"PK":
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            yield from (io.BytesIO(archive.read(n)) for n in archive.namelist() if n.endswith("data.pkl"))
-    else:
-        yield (row := io.BytesIO(data))
-        for _ in range(4):
-            yield row
-
-
-def _globals_of(stream: io.BytesIO) -> Iterator[str]:
-    strings: list[str] = []  # in the order they were pushed, for STACK_GLOBAL takes the last two
-    memo: dict[int, str] = {}
-    pushed = ""
-    for opcode, argument, _ in pickletools.genops(stream):
-        if opcode.name in ("GLOBAL", "INST"):
-            module, _, name = argument.partition(" ")
-            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-            yield f"{module}.{name}"
-        elif opcode.name == "STACK_GLOBAL":
-            yield ".".join(strings[-2:])
-        elif isinstance(argument, str):
-            strings.append(argument)
-            pushed = argument
-        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if argument is None else argument] = pushed
-        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-            strings.append(memo.get(argument, ""))
+FROM_ARCHIVE = "give --arch package.module:factory, and its weights are taken from the file"
 
 
 # -- whole networks ----------------------------------------------------------------------------------------------------
@@ -252,13 +283,18 @@ def _checked_state(record: Record, where: str, path: str) -> dict[str, Any]:
     kinds = {"_parameters": (nn.Parameter,), "_buffers": (torch.Tensor,), "_modules": (Record,)}
     for name, kind in kinds.items():
         held = state.get(name)
-        if not isinstance(held, dict) or not all(isinstance(k, str) and (v is None or isinstance(v, kind)) for k, v in held.items()):
+        if not isinstance(held, dict) or not all(isinstance(k, str) and (v is None or isinstance(v, kind) or _is_odd(v, name)) for k, v in held.items()):
             _refuse_layer(where, path, f"has no table {name}")
         if not all(_is_plain(v) for v in held.values() if not isinstance(v, Record)):
             _refuse_layer(where, path, f"has a tensor in {name} that is no plain array")
     for name, value in state.items():
         _check_attribute(record.target, name, value, where, path)
     return state
+
+
+def _is_odd(value: Any, table: str) -> bool:
+    """Whether it is a tensor of a kind that is not read: no plain array, but no fault of its table either."""
+    return table != "_modules" and isinstance(value, Unknown) and value.is_tensor()
 
 
 def _check_attribute(target: type[nn.Module], name: str, value: Any, where: str, path: str) -> None:
@@ -294,22 +330,105 @@ def is_plain_tensor(t: torch.Tensor) -> bool:
 
 
 # -- state dictionaries ------------------------------------------------------------------------------------------------
-def find_weights(loaded: Any, where: str) -> nn.Module | dict[str, torch.Tensor]:
-    """The network, or the state dictionary, in what a file held; looks under the usual names of a training checkpoint (WRAPPERS,
-    in that order). Raises InputError where there is neither."""
-    loaded = _unwrapped(loaded)
-    if isinstance(loaded, Record):
-        return _whole_network(loaded, where)
-    if isinstance(loaded, Mapping) and loaded and all(isinstance(v, torch.Tensor) for v in loaded.values()):
-        return _plain_weights(loaded, where)
-    raise InputError(f"{where}: holds {_contents(loaded)}, neither a state dictionary nor a network; {ONLY_STATE}")
+def _tables(loaded: Any, where: str) -> list[select.Table]:
+    """The tables of tensors in what a file held. Raises InputError where there is none, or where the file would run programs."""
+    names = sorted(_unknown_names(loaded))
+    runs = [n for n in names if n.rsplit(".", 1)[0] in RUNS or n in RUNS_BUILTIN]
+    if runs:
+        _refuse_names(runs, where)
+    found = select.tables(loaded, _module_tensors)
+    if not found:
+        raise InputError(f"{where}: holds {_contents(loaded)}, neither a state dictionary nor a network; {ONLY_STATE}")
+    return found
 
 
-def _unwrapped(loaded: Any) -> Any:
-    for _ in range(MAX_WRAPPERS):
-        inside = [loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), (Mapping, Record))] if isinstance(loaded, Mapping) else []
-        loaded = inside[0] if inside else loaded
-    return loaded
+def _refuse_names(names: list[str], where: str) -> NoReturn:
+    listed = ", ".join(escaped(n) for n in names[:6]) + (", ..." if len(names) > 6 else "")
+    raise InputError(f"{where}: is refused, for it needs {listed}, beyond weights and torch.nn layers; {ONLY_STATE}")
+
+
+def _inside(value: Any) -> list[Any]:
+    """What a value from a file holds directly."""
+    if isinstance(value, Unknown):
+        return [value.args, value.state, value.items]
+    if isinstance(value, Record):
+        return [value.state]
+    if isinstance(value, Mapping):
+        return [*value, *value.values()]
+    return list(value) if isinstance(value, (list, tuple, set, frozenset)) else []
+
+
+def _walk(loaded: Any) -> Iterator[Any]:
+    """Every value in what a file held, each once."""
+    waiting, seen = [loaded], set()
+    while waiting:
+        value = waiting.pop()
+        held = _inside(value)
+        if held and id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        waiting += held
+
+
+def _unknown_names(loaded: Any) -> set[str]:
+    """The classes and functions in what a file held that are not known."""
+    return {v.name for v in _walk(loaded) if isinstance(v, (Unknown, Name))}
+
+
+def _own_classes(loaded: Any) -> list[str]:
+    """The layers in a whole network that are not of torch.nn."""
+    return sorted({v.name for v in _walk(loaded) if isinstance(v, Unknown) and _module_state(v) is not None})
+
+
+def _module_state(value: Any) -> dict[str, Any] | None:
+    """The state of what was a module when it was pickled."""
+    if not isinstance(value, (Record, Unknown)) or not isinstance(value.state, dict):
+        return None
+    scripted = isinstance(value, Unknown) and value.name.startswith("__torch__.")
+    whole = all(isinstance(value.state.get(name), dict) for name in ("_parameters", "_buffers", "_modules"))
+    return value.state if whole or scripted or isinstance(value, Record) else None
+
+
+def _module_tensors(value: Any) -> dict[str, Any] | None:
+    """The names and tensors that the `state_dict()` of a pickled module would have; None where it was none."""
+    if _module_state(value) is None and not isinstance(value, Record):
+        return None
+    found: dict[str, Any] = {}
+    waiting: list[tuple[str, Any, tuple[int, ...]]] = [("", value, ())]
+    while waiting:
+        path, module, above = waiting.pop()
+        state = _module_state(module)
+        if state is None or id(module) in above:
+            continue
+        own, inside = _split(module, state)
+        found.update({f"{path}{name}": t for name, t in own.items() if select.is_tensor(t)})
+        waiting += [(f"{path}{name}.", m, (*above, id(module))) for name, m in reversed(inside.items())]
+    return found
+
+
+def _split(module: Any, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensors, modules) directly in a pickled module, by name."""
+    if isinstance(module, Unknown) and module.name.startswith("__torch__."):
+        return state, state
+    tables = {name: held if isinstance(held := state.get(name), dict) else {} for name in ("_parameters", "_buffers", "_modules")}
+    hidden = state.get("_non_persistent_buffers_set") or ()
+    buffers = {name: t for name, t in tables["_buffers"].items() if name not in hidden}
+    return {**tables["_parameters"], **buffers}, tables["_modules"]
+
+
+def _whole(found: list[select.Table], where: str) -> nn.Module:
+    """The network that a file holds whole. Raises ConfigError where it is weights alone, or has layers of its own."""
+    networks = [t for t in found if t.network is not None]
+    if not networks:
+        for table in found:
+            _plain_weights(table.tensors, where)
+        raise ConfigError(f"{where}: holds weights without their network; give --arch package.module:factory or one of {', '.join(sorted(ZOO))}")
+    network = select.single(networks, where).network
+    own = _own_classes(network)
+    if own:
+        raise ConfigError(f"{where}: holds a network with layers of its own ({', '.join(escaped(n) for n in own[:3])}{', ...' if len(own) > 3 else ''}); {FROM_ARCHIVE}")
+    return _whole_network(network, where)
 
 
 def _whole_network(record: Record, where: str) -> nn.Module:
@@ -324,64 +443,42 @@ def _refuse_depth(where: str, cause: RecursionError) -> NoReturn:
 
 
 def _contents(loaded: Any) -> str:
-    if not isinstance(loaded, Mapping):
-        return f"a single {type(loaded).__name__}"
-    return ", ".join(escaped(k) for k in list(loaded)[:6]) + (", ..." if len(loaded) > 6 else "") or "an empty dictionary"
+    held = select.entries(loaded)
+    if held is None and not isinstance(loaded, Mapping):
+        return f"a single {escaped(loaded.name) if isinstance(loaded, Unknown) else type(loaded).__name__}"
+    held = held or {}
+    return ", ".join(escaped(k) for k in list(held)[:6]) + (", ..." if len(held) > 6 else "") or "an empty dictionary"
 
 
-def _plain_weights(state: Mapping[Any, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+def _plain_weights(state: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
-        if not is_plain_tensor(tensor):
+        if not isinstance(tensor, torch.Tensor) or not is_plain_tensor(tensor.detach()):
             raise InputError(f"{where}: {escaped(name)} is no plain array (sparse, quantised or repeated in memory); give the float weights")
-    return {str(name): tensor.detach() for name, tensor in state.items()}
+    return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def build(arch: str | None, where: str) -> nn.Module:
-    """The network that `arch` names. Raises ConfigError for none or an unknown name, InputError where its code fails."""
-    if arch is None:
-        raise ConfigError(f"{where}: holds weights without their network; give --arch package.module:factory or one of {', '.join(sorted(ZOO))}")
-    if arch in ZOO:
-        return ZOO[arch]()
-    if not is_named(arch):
-        raise ConfigError(f"--arch {escaped(arch)} is neither package.module:factory nor a built-in network; {suggestion(arch, ZOO)}")
-    named = resolve(arch)
-    net = named if isinstance(named, nn.Module) else call(arch, named)
-    if not isinstance(net, nn.Module):
-        raise InputError(f"--arch {escaped(arch)} made {escaped(type(net).__name__)}, not a torch.nn.Module; name a function that returns the network")
-    return net
+def build(arch: str) -> nn.Module:
+    """The network that `arch` names. Raises ConfigError for an unknown name, InputError where its code fails."""
+    return ZOO[arch]() if arch in ZOO else network_of(arch, tuple(ZOO))
 
 
-def _fill(net: nn.Module, state: dict[str, torch.Tensor], where: str, arch: str | None) -> nn.Module:
-    """`net` with the weights of `state`, every one of them used. Raises InputError naming what is missing, unexpected or misshapen."""
+def _fill(net: nn.Module, found: list[select.Table], prefix: str | None, where: str, arch: str, say: Callable[[str], None]) -> nn.Module:
+    """`net` with the weights among `found` that fit it, every one of its own. Raises InputError naming what is missing, unexpected or
+    misshapen, ConfigError where several different ones fit."""
     own = net.state_dict(keep_vars=True)
-    state = _fit_prefixes(state, own)
-    shared = {id(own[k]) for k in state if k in own}  # tied weights are stored once, under either name
-    missing = [k for k in own if k not in state and id(own[k]) not in shared and not k.endswith(".num_batches_tracked")]
-    unexpected = [k for k in state if k not in own]
-    odd = [f"{k} is {_kind(state[k])}, not {_kind(own[k])}" for k in state if k in own and isinstance(own[k], torch.Tensor) and _kind(state[k]) != _kind(own[k])]
-    faults = [_listed("missing", missing), _listed("unexpected", unexpected), _listed("of another kind", odd)]
-    if any(faults):
-        raise InputError(f"{where}: does not fit {escaped(arch)}: {', '.join(f for f in faults if f)}; give the network it was trained as")
+    fit = select.the_fit(found, own, prefix, where, arch)
+    hidden = {name for name, _ in net.named_buffers()} - own.keys()
+    if fit is None:
+        select.refuse_misfit(found, own, prefix, where, arch)
+    extra = [k for k in fit.extra if k not in hidden]
+    if extra:
+        select.refuse_state({**fit.state, **dict.fromkeys(extra)}, own, where, arch)
+    fit.beside = [k for k in fit.beside if k.removeprefix(fit.prefix) not in hidden]
+    state = _plain_weights(fit.state, where)
+    for name, tensor in state.items():
+        if tensor.dtype == torch.float64 and not torch.isfinite(tensor.float()).equal(torch.isfinite(tensor)):
+            raise InputError(f"{where}: {escaped(name)} holds numbers beyond what float32 can; give a network with weights of ordinary size")
     net.load_state_dict(state, strict=False)
+    for sentence in select.notes(fit, where):
+        say(sentence)
     return net
-
-
-def _fit_prefixes(state: dict[str, torch.Tensor], own: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """`state` without what DataParallel, torch.compile and training frameworks put before (or inside) every name."""
-    if any(k not in own for k in state):
-        state = {k.replace("._orig_mod.", "."): v for k, v in state.items()}
-        counted = [k for k in state if k != "n_averaged"]  # torch.optim.swa_utils.AveragedModel counts beside its module
-        for prefix in PREFIXES:
-            if counted and all(k.startswith(prefix) for k in counted) and not any(k.startswith(prefix) for k in own):
-                return _fit_prefixes({k.removeprefix(prefix): state[k] for k in counted}, own)
-    return state
-
-
-def _kind(t: torch.Tensor) -> str:
-    shape = "x".join(map(str, t.shape)) or "a single number"
-    return shape if t.is_floating_point() else f"{shape} of {str(t.dtype).removeprefix('torch.')}"
-
-
-def _listed(what: str, names: list[str]) -> str:
-    """"2 missing (a, b)", or nothing."""
-    return f"{len(names)} {what} ({', '.join(escaped(n) for n in names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
