@@ -126,7 +126,7 @@ def plain() -> nn.Module:
 
 
 def signed() -> nn.Module:
-    shapes = ((1, 16, 2), (16, 32, 1), (32, 32, 1), (32, 48, 2), (48, 64, 1))
+    shapes = ((1, 16, 2), (16, 32, 1), (32, 32, 2), (32, 48, 1), (48, 64, 1))
     convs = (norm_conv(a, b, 3, stride, act=nn.Hardtanh) for a, b, stride in shapes)
     return nn.Sequential(*convs, pooled(64))
 
@@ -172,7 +172,7 @@ KINDS = {
     "fashion-mobile": Kind(mobile, "fashion"),
     "fashion-plain": Kind(plain, "fashion", epochs=7, rate=3e-3, normed=False),
     "fashion-linres": Kind(lambda: resnet(nn.Identity), "fashion"),
-    "fashion-signed": Kind(signed, "fashion", mean=(0.286,), std=(0.353,)),
+    "fashion-signed": Kind(signed, "fashion", epochs=6, mean=(0.286,), std=(0.353,)),
     "mnist-mlp": Kind(mlp, "mnist", epochs=5, images=60_000, rate=2e-3, normed=False),
     "seq-conv1d": Kind(waves, "waves", epochs=8, images=10_000),
     "mnist-lenet": Kind("lenet_bn", "mnist", "lenetbn_mnist.pt"),

@@ -112,12 +112,11 @@ def run(job: Job, cache: Path, rows: Path, paired: bool) -> dict[str, Any]:
     """The row of a job; one with `refused`, rqtool's message, where rqtool refused it."""
     sizes = {"train": job.size.train, "test": job.size.test}
     module, data, preprocess = networks.load(job.network, cache, **sizes, draw=job.seed)
-    twin = None if paired or job.bits == IDEAL else known_twin(job, rows)
-    own = twin is None and job.bits != IDEAL
+    twin = None if paired else known_twin(job, rows)
     row, started = about(job), time.process_time()
     try:
         result = rqtool.quantize(
-            module, data, job.macro, recipe=job.recipe, preprocess=preprocess, twin=own
+            module, data, job.macro, recipe=job.recipe, preprocess=preprocess, twin=twin is None
         ).to_json()
     except rqtool.RqError as e:
         return {**row, "refused": str(e)}
