@@ -18,7 +18,7 @@ from rqtool.storage import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))
-import other_table  # noqa: E402 (tools/ is no package)
+import other_table
 
 DOCS = ROOT / "docs"
 HEAD = f"""# Results

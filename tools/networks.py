@@ -1,4 +1,4 @@
-"""Float networks of many kinds and their data: what the defaults of rqtool are judged on.
+"""Float networks of many kinds and their data, to judge the defaults of rqtool on.
 
     python tools/networks.py --shared DIR --cache DIR [--only PATTERN ...] [--seed 0]
     python tools/networks.py --list
@@ -62,7 +62,8 @@ def basic(into: int, out: int, stride: int, after: Any) -> Residual:
     """Two 3x3 convolutions beside a shortcut."""
     body = nn.Sequential(norm_conv(into, out, 3, stride), norm_conv(out, out, act=None))
     same = into == out and stride == 1
-    return Residual(body, nn.Identity() if same else norm_conv(into, out, 1, stride, act=None), after())
+    shortcut = nn.Identity() if same else norm_conv(into, out, 1, stride, act=None)
+    return Residual(body, shortcut, after())
 
 
 def inverted(into: int, out: int, stride: int, expand: int = 4) -> nn.Module:
@@ -107,7 +108,8 @@ def resnet(after: Any = nn.ReLU) -> nn.Module:
 
 def dscnn() -> nn.Module:
     shapes = ((48, 48, 1), (48, 48, 1), (48, 96, 2), (96, 96, 1), (96, 96, 1))
-    return nn.Sequential(norm_conv(1, 48, 3, 2), *(separable(*shape) for shape in shapes), pooled(96))
+    blocks = (separable(*shape) for shape in shapes)
+    return nn.Sequential(norm_conv(1, 48, 3, 2), *blocks, pooled(96))
 
 
 def mobile() -> nn.Module:
@@ -213,7 +215,8 @@ def foldable(module: nn.Module) -> list[tuple[str, str]]:
         if before not in nodes or len(before.users) > 1:
             continue
         once = calls[before.target] == calls[node.target] == 1
-        if once and fit_together(module.get_submodule(before.target), module.get_submodule(node.target)):
+        layer, norm = (module.get_submodule(n.target) for n in (before, node))
+        if once and fit_together(layer, norm):
             found.append((before.target, node.target))
     return found
 
@@ -252,9 +255,10 @@ def wave_images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """
     draw = np.random.default_rng([2026, seed])
     label = draw.integers(0, WAVES, count)
-    cycles, phase, loud = (draw.uniform(*span, (count, 1)) for span in ((3, 9), (0, 1), (0.6, 1.2)))
+    spans = ((3, 9), (0, 1), (0.6, 1.2))
+    cycles, phase, loud = (draw.uniform(*span, (count, 1)) for span in spans)
     lag = draw.uniform(0.1, 0.4, (count, 1))
-    both = np.stack([wave_shapes(label, cycles, phase), wave_shapes(label, cycles, phase + lag)], 1)
+    both = np.stack([wave_shapes(label, cycles, p) for p in (phase, phase + lag)], 1)
     noisy = both * loud[:, None] * np.array([[1.0], [0.7]]) + draw.normal(0, NOISE, both.shape)
     return noisy.astype(np.float32), label.astype(np.int64)
 
@@ -327,8 +331,10 @@ def some(x: np.ndarray, y: np.ndarray, count: int, seed: int) -> rqtool.Images:
     return rqtool.Images(np.ascontiguousarray(x[chosen]), y[chosen])
 
 
-def data_of(name: str, cache: Path, seed: int = 0, train: int = TRAIN, test: int = TEST) -> rqtool.Data:
-    """`train` images drawn by `seed` from all that are for training, the first `test` test images."""
+def data_of(
+    name: str, cache: Path, seed: int = 0, train: int = TRAIN, test: int = TEST
+) -> rqtool.Data:
+    """`train` training images, drawn by `seed` from all, and the first `test` test images."""
     data = arrays(kind_of(name).data, cache)
     images = some(data["x_train"], data["y_train"], train, seed)
     measured = rqtool.Images(data["x_test"][:test], data["y_test"][:test])
@@ -346,7 +352,7 @@ def real(x: np.ndarray, kind: Kind) -> torch.Tensor:
 
 
 def train(name: str, seed: int, cache: Path, shared: Path = SHARED) -> nn.Module:
-    """The network, trained from scratch on one thread, or with its shared weights; kept in `cache`."""
+    """The network, trained on one thread or with its shared weights; kept in `cache`."""
     kind, path = kind_of(name), weights_path(name, seed, cache)
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -384,10 +390,17 @@ def fit(net: nn.Module, images: rqtool.Images, kind: Kind, seed: int) -> None:
 
 def reference(kind: Kind, shared: Path) -> nn.Module:
     """A network of reference_models.py with its weights."""
-    net = getattr(reference_models(shared), kind.build)()
+    net = built(kind, shared)
     state = torch.load(shared / "models" / kind.weights, weights_only=True, map_location="cpu")
     net.load_state_dict(state)
     return net
+
+
+def built(kind: Kind, shared: Path) -> nn.Module:
+    """The network with the weights it starts from."""
+    return (
+        kind.build() if callable(kind.build) else getattr(reference_models(shared), kind.build)()
+    )
 
 
 @remembered
@@ -413,8 +426,7 @@ def load(
     numbers of images. shared: where reference_models.py is, which some of the networks need.
     """
     kind, cache = kind_of(name), Path(cache)
-    net = kind.build() if kind.weights is None else getattr(reference_models(Path(shared)), kind.build)()
-    path = weights_path(name, seed, cache)
+    net, path = built(kind, Path(shared)), weights_path(name, seed, cache)
     net.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
     net = fold(net) if name.endswith(FOLDED) else net.eval()
     return net, data_of(name, cache, seed if draw is None else draw, train, test), kind.preprocess

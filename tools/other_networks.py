@@ -1,16 +1,16 @@
-"""Judge the defaults of rqtool on networks that played no part in choosing them: one row a job.
+"""Judge the defaults of rqtool on networks of many kinds: a row for each job.
 
-    python tools/other_networks.py --cache DIR --version-label LABEL
+    python tools/other_networks.py --cache DIR --version-label LABEL [--shared DIR] [--paired]
         [--only PATTERN ...] [--bits ideal 4 3 2] [--seeds 3] [--epochs N] [--rows DIR] [--jobs N]
     python tools/other_networks.py --list [--only PATTERN ...]
 
-DIR of --cache is filled by tools/networks.py (seed 0). Every job is one call of rqtool.quantize with the
-default macro and recipe of the version that Python imports, so another version is judged with
-PYTHONPATH=ITS_CHECKOUT; only the bits of the ADC and the number of epochs are set. The job with an
-ideal ADC is the twin of the other jobs of its network and seed; --paired trains a twin in each job
-instead, from which rqtool may give a paired standard error. Finished rows are JSON files in --rows
-(default docs/results) and are not run again. Each job runs on one thread, --jobs of them side by side.
-examples/results.py writes the tables.
+DIR of --cache is filled by tools/networks.py (seed 0). Every job is one call of rqtool.quantize
+with the default macro and recipe of the version that Python imports, so another version is judged
+with PYTHONPATH=ITS_CHECKOUT; only the bits of the ADC, the epochs and the seed are set. The seed
+draws the training images, too. The job with an ideal ADC is the twin of the other jobs of its network
+and seed; --paired trains a twin in each job instead, for the paired standard error where rqtool gives
+one. Finished rows are JSON files in --rows (default docs/results) and are not run again. Each job
+runs on one thread, --jobs networks side by side. examples/results.py writes the tables.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache as remembered
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from rqtool.storage import write_atomic
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 IDEAL = "ideal"
 BITS = (IDEAL, "4", "3", "2")  # the ideal ADC first: it is the twin of the others
+KEPT = ("chosen", "seconds", "macro", "recipe", "warnings")
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,30 @@ class Job:
 
     @property
     def macro(self) -> rqtool.Macro:
-        macro = rqtool.make_macro("default")
         if self.bits == IDEAL:
-            return macro.with_ideal_adc()
+            return rqtool.make_macro("default").with_ideal_adc()
         return rqtool.make_macro("default", adc_bits=int(self.bits))
 
     def path(self, rows: Path, bits: str | None = None) -> Path:
         """The row's file; bits: that of the same job with another ADC."""
-        return rows / f"other-{self.network}-{bits or self.bits}-{self.label}-seed{self.seed}.json"
+        name = f"{self.network}-{bits or self.bits}-{self.label}-seed{self.seed}"
+        return rows / f"other-{name}.json"
 
 
+@dataclass(frozen=True)
+class Places:
+    """Folders: trained networks, shared models, finished rows."""
+
+    cache: Path
+    shared: Path
+    rows: Path
+
+
+@remembered
 def commit() -> str:
-    """The commit of the rqtool that runs, "unknown" where it is not a checkout."""
-    command = ["git", "-C", str(Path(rqtool.__file__).parent), "describe", "--always", "--exclude=*"]
+    """The commit of the rqtool that runs when first asked, "unknown" outside of a checkout."""
+    here = str(Path(rqtool.__file__).parent)
+    command = ["git", "-C", here, "describe", "--always", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
@@ -104,15 +117,22 @@ def known_twin(job: Job, rows: Path) -> float | None:
 def about(job: Job) -> dict[str, Any]:
     """What a row says of its job."""
     fields = {"network": job.network, "bits": job.bits, "seed": job.seed, "label": job.label}
-    sizes = {"epochs": job.recipe.epochs, "train_images": job.size.train, "test_images": job.size.test}
-    return {**fields, "commit": commit(), **sizes, "threads": torch.get_num_threads()}
+    sizes = {"train_images": job.size.train, "test_images": job.size.test}
+    return {
+        **fields,
+        "commit": commit(),
+        "epochs": job.recipe.epochs,
+        **sizes,
+        "threads": torch.get_num_threads(),
+    }
 
 
-def run(job: Job, cache: Path, rows: Path, paired: bool) -> dict[str, Any]:
+def run(job: Job, places: Places, paired: bool) -> dict[str, Any]:
     """The row of a job; one with `refused`, rqtool's message, where rqtool refused it."""
     sizes = {"train": job.size.train, "test": job.size.test}
-    module, data, preprocess = networks.load(job.network, cache, **sizes, draw=job.seed)
-    twin = None if paired else known_twin(job, rows)
+    where = {"cache": places.cache, "shared": places.shared}
+    module, data, preprocess = networks.load(job.network, **where, **sizes, draw=job.seed)
+    twin = None if paired else known_twin(job, places.rows)
     row, started = about(job), time.process_time()
     try:
         result = rqtool.quantize(
@@ -120,25 +140,27 @@ def run(job: Job, cache: Path, rows: Path, paired: bool) -> dict[str, Any]:
         ).to_json()
     except rqtool.RqError as e:
         return {**row, "refused": str(e)}
-    metrics = result["metrics"] if twin is None else {**result["metrics"], **loss_to(twin, result)}
-    kept = {key: result[key] for key in ("chosen", "seconds", "macro", "recipe", "warnings") if key in result}
+    kept = {key: result[key] for key in KEPT if key in result}
     cpu = round(time.process_time() - started, 1)
-    return {**row, "metrics": metrics, "cpu_seconds": cpu, **kept}
+    return {**row, "metrics": with_twin(result["metrics"], twin), "cpu_seconds": cpu, **kept}
 
 
-def loss_to(twin: float, result: dict[str, Any]) -> dict[str, float]:
-    """The metrics that a twin trained by another job gives."""
-    return {"ideal_top1": twin, "adc_loss": twin - result["metrics"]["tuned_top1"]}
+def with_twin(metrics: dict[str, Any], twin: float | None) -> dict[str, Any]:
+    """The metrics of a job, with those that a twin trained by another job gives."""
+    if twin is None:
+        return metrics
+    return {**metrics, "ideal_top1": twin, "adc_loss": twin - metrics["tuned_top1"]}
 
 
-def run_all(jobs: list[Job], cache: Path, rows: Path, paired: bool) -> None:
+def run_all(jobs: list[Job], places: Places, paired: bool) -> None:
     """The jobs of one network and seed that have no row yet, one after another on one thread."""
     torch.set_num_threads(1)
+    commit()  # now, because the checkout may change while a job runs
     for job in jobs:
-        path = job.path(rows)
+        path = job.path(places.rows)
         if path.exists():
             continue
-        row = run(job, cache, rows, paired)
+        row = run(job, places, paired)
         write_atomic(path, json.dumps(row, indent=1).encode() + b"\n")
         print(path.name, row.get("refused") or told(row), flush=True)
 
@@ -157,9 +179,17 @@ def chosen_networks(patterns: list[str]) -> list[str]:
     return found
 
 
+def check_trained(names: list[str], cache: Path) -> None:
+    """Exit where the weights of a network are missing."""
+    missing = [name for name in names if not networks.weights_path(name, 0, cache).exists()]
+    if missing:
+        sys.exit(f"{cache} has no weights of {', '.join(missing)}; run tools/networks.py first")
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, metavar="DIR")
+    parser.add_argument("--shared", type=Path, metavar="DIR", default=networks.SHARED)
     parser.add_argument("--version-label", metavar="LABEL", help="letters, digits, dots and _")
     parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN")
     parser.add_argument("--bits", nargs="*", choices=BITS, default=list(BITS))
@@ -170,8 +200,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
-    if not args.list and (args.cache is None or not re.fullmatch(r"[\w.]+", args.version_label or "")):
-        parser.error("--cache DIR and --version-label LABEL (letters, digits, dots, _) are needed")
+    if not args.list and (
+        args.cache is None or not re.fullmatch(r"[\w.]+", args.version_label or "")
+    ):
+        parser.error(
+            "--cache DIR and --version-label LABEL (letters, digits, dots, _) are needed"
+        )
     return args
 
 
@@ -181,13 +215,15 @@ def main() -> None:
     if args.list:
         print(*names, sep="\n")
         return
+    check_trained(names, args.cache)
     args.rows.mkdir(parents=True, exist_ok=True)
+    places = Places(args.cache, args.shared, args.rows)
     bits = [b for b in BITS if b in args.bits]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         waiting = []
         for name, seed in ((n, s) for s in range(args.seeds) for n in names):
             jobs = [Job(name, b, seed, args.version_label, args.epochs) for b in bits]
-            waiting.append(pool.submit(run_all, jobs, args.cache, args.rows, args.paired))
+            waiting.append(pool.submit(run_all, jobs, places, args.paired))
         for done in waiting:
             done.result()
 

@@ -1,7 +1,7 @@
-"""The section "Other networks" of docs/results.md, from the rows that tools/other_networks.py keeps.
+"""The section "Other networks" of docs/results.md, from the rows of tools/other_networks.py.
 
-A row is a JSON file other-NETWORK-BITS-LABEL-seedN.json. Versions stand side by side, in the order of
-their labels.
+A row is a JSON file other-NETWORK-BITS-LABEL-seedN.json. Versions stand side by side, in the order
+of their labels.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Row = dict[str, Any]
 
 TITLE = "Other networks"
 ABOUT = """\
-Networks that played no part in choosing the defaults, defined and trained by tools/networks.py. Every
-job uses the default macro and recipe; only the bits of the ADC and the number of epochs are set. A name
-ending in `-folded` is the same network with its batch norm folded into the layers before it. The twin
-is the job with an ideal ADC. Losses are in points: "to the ADC" is twin minus fine-tuned, "to float" is
-float minus fine-tuned. ± is the standard error of the mean over the runs, one for each seed; a figure
-without it comes from one run. In brackets: the paired standard error over the test images, where it was
-measured.
+Networks of other kinds than above, defined and trained by tools/networks.py. Every job uses the
+default macro and recipe; only the bits of the ADC, the epochs and the seed are set. A name ending
+in `-folded` is the same network with its batch norm folded into the layers before it. The twin is
+the job with an ideal ADC. Losses are in points: "to the ADC" is twin minus fine-tuned, "to float"
+is float minus fine-tuned. ± is the standard error of the mean over the runs, one for each seed; a
+figure without it comes from one run. In brackets: the paired standard error over the test images,
+where it was measured.
 """
 IDEAL = "ideal"
 PAIRED = "adc_loss_se"
@@ -46,7 +46,9 @@ def section(rows: Path) -> list[str]:
 
 def bits_of(rows: list[Row]) -> list[str]:
     """The ADCs that have rows, the ideal one first, then the most bits first."""
-    return sorted({row["bits"] for row in rows}, key=lambda b: -math.inf if b == IDEAL else -int(b))
+    return sorted(
+        {row["bits"] for row in rows}, key=lambda b: -math.inf if b == IDEAL else -int(b)
+    )
 
 
 def versions(rows: list[Row]) -> list[str]:
@@ -54,7 +56,10 @@ def versions(rows: list[Row]) -> list[str]:
     commits = defaultdict(set)
     for row in rows:
         commits[row["label"]].add(row["commit"])
-    return [f"- {label}: commit {', '.join(sorted(found))}" for label, found in sorted(commits.items())]
+    return [
+        f"- {label}: commit {', '.join(sorted(found))}"
+        for label, found in sorted(commits.items())
+    ]
 
 
 # -- one table -----------------------------------------------------------------------------------
@@ -124,7 +129,7 @@ def mean_and_error(values: list[float]) -> str:
 
 
 def adc_loss(rows: list[Row]) -> str:
-    """Twin minus fine-tuned; in brackets the paired standard error of the mean, if all runs have one."""
+    """Twin minus fine-tuned; in brackets its paired standard error, if all runs have one."""
     found = figure(rows, "ideal_top1", "tuned_top1")
     errors = [row["metrics"].get(PAIRED) for row in rows]
     if not errors or None in errors:
