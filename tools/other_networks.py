@@ -51,6 +51,8 @@ class Size:
 
 
 SIZES = {
+    "fashion-dscnn": Size(train=8_000),
+    "fashion-mobile": Size(train=7_000),
     "mnist-mlp": Size(epochs=2),
     "seq-conv1d": Size(epochs=2),
     "cifar-resnet20": Size(train=1_500, test=1_000),
