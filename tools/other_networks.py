@@ -55,7 +55,7 @@ SIZES = {
     "fashion-mobile": Size(train=7_000),
     "mnist-mlp": Size(epochs=2),
     "seq-conv1d": Size(epochs=2),
-    "cifar-resnet20": Size(train=1_500, test=1_000),
+    "cifar-resnet20": Size(train=1_200, test=1_000),
 }
 
 
