@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,11 @@ from lines import lines_svg
 from rqtool.storage import write_atomic
 from rqtool.train.paired import over_seeds
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tools"))
+import other_table
+
+DOCS = ROOT / "docs"
 HEAD = f"""# Results
 
 Written by `make experiments` (examples/experiments.py and examples/results.py) from the rows in docs/results/, a file for each run. top-1 in
@@ -120,13 +125,18 @@ def refusals(refused: dict[str, list[dict[str, Any]]], section: str, task: str) 
     return ["Refused:", "", *said, ""] if said else []
 
 
-def report(found: dict[str, list[dict[str, Any]]], refused: dict[str, list[dict[str, Any]]], plots: list[str]) -> str:
-    """docs/results.md; plots: files beside it."""
+def report(
+    found: dict[str, list[dict[str, Any]]],
+    refused: dict[str, list[dict[str, Any]]],
+    plots: list[str],
+    others: list[str],
+) -> str:
+    """docs/results.md; plots: files beside it; others: the lines of the section on other networks."""
     lines = [HEAD, NOTE, "", *(f"![{name.removesuffix('.svg')}]({name})\n" for name in plots)]
     for section, about in ABOUT.items():
         tables = [line for task in TASKS for line in table(found, section, task) + refusals(refused, section, task)]
         lines += [f"## {section}", "", about, "", *tables] if tables else []
-    return "\n".join(lines)
+    return "\n".join([*lines, *others])
 
 
 def plot(found: dict[str, list[dict[str, Any]]], task: str) -> str | None:
@@ -145,7 +155,8 @@ def write(rows: Path, docs: Path) -> None:
     plots = {f"results-{task}.svg": svg for task in TASKS if (svg := plot(found, task))}
     for name, svg in plots.items():
         write_atomic(docs / name, svg.encode(), force=True)
-    write_atomic(docs / "results.md", report(found, read_rows(rows, "refused"), list(plots)).encode(), force=True)
+    page = report(found, read_rows(rows, "refused"), list(plots), other_table.section(rows))
+    write_atomic(docs / "results.md", page.encode(), force=True)
 
 
 if __name__ == "__main__":
