@@ -23,6 +23,7 @@ from rqtool.program.ir import Program
 from rqtool.program.numbers import Numbers
 from rqtool.storage import check_writable
 from rqtool.train.finetune import Recipe, Run, consider_norms, fitting_network, top1
+from rqtool.train.fixed import FixedCheck, compare, tell
 from rqtool.train.frozen import lower, peaks_of
 from rqtool.train.measure import layer_table, percent, predictions, real_predictions
 from rqtool.train.rewrite import plans
@@ -78,6 +79,7 @@ def quantize(
     network, run = stages.main(network, best)
     if run.best is not best:  # else nothing better was found, and that is measured already
         measured = _measured(network, macro, job, progress, "integer program")
+    tell(measured.fixed, alarms.say)
     ideal_top1 = _twin(stages, measured.top1) if twin else None
     figures = _figures(stages, network, run, measured, out, started, alarms)
     result = Quantized(**figures, float_top1=float_top1, ptq_top1=ptq_top1, ideal_top1=ideal_top1)
@@ -116,6 +118,7 @@ def train_more(
     best = consider_norms("as before", network, job.train, job.held, recipe, None)
     run = stages.tuned(network, best, recipe, None, MAIN)
     measured = _measured(network, saved.macro, job, progress, "integer program")
+    tell(measured.fixed, alarms.say)
     result = Trained(**_figures(stages, network, run, measured, out, started, alarms), source=str(source), history=history, before_top1=before)
     _save(result, network, measured, job, force)
     return result
@@ -159,13 +162,14 @@ def _twin(stages: Stages, tuned_top1: float) -> float:
 @dataclass(frozen=True)
 class Measured:
     """A network's integer program, the numbers that `Served` computes it with, the peaks that its grids come from; the classes that
-    the program names for the test images, and their top-1."""
+    the program names for the test images, and their top-1; what it cost to fix the numbers."""
 
     program: Program
     numbers: Numbers
     peaks: dict[str, float]
     found: np.ndarray
     top1: float
+    fixed: FixedCheck
 
 
 def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str) -> Measured:
@@ -173,7 +177,8 @@ def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str
     program, numbers = lower(network, macro, peaks, job.pixels, job.whole)
     with progress.stage(name, len(job.test)) as done:
         found = predictions(program, job.test.images, done)
-    return Measured(program, numbers, peaks, found, percent(found == job.test.images.y))
+    fixed = compare(network, Served(network, numbers), job.test, found)
+    return Measured(program, numbers, peaks, found, percent(found == job.test.images.y), fixed)
 
 
 def _figures(stages: Stages, network: Network, run: Run, measured: Measured, out: str | Path | None, started: float, alarms: Alarms) -> dict[str, Any]:
