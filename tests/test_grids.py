@@ -22,6 +22,7 @@ from rqtool.errors import CheckError, InputError
 from rqtool.export.onnx import to_onnx
 from rqtool.export.verify import session, verify
 from rqtool.hardware.macro import Macro
+from rqtool.kernels import choose
 from rqtool.model.capture import capture
 from rqtool.model.data import Images
 from rqtool.program import golden
@@ -246,6 +247,21 @@ def test_a_requant_takes_64_bits_only_where_multipliers_need_them() -> None:
     assert [n.add.dtype for n in (few, exact, many, large)] == [np.int32, np.int32, np.int64, np.int64]
     assert abs(many.mults[0][1] / 2.0**many.shift - 1e-6) * (1 << 24) < 2**-6
     assert all(n.mults[0].dtype == np.int32 for n in (few, exact, many, large))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sums_of_52_bits_are_exact_in_one_pass_and_in_torch(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, count = np.random.default_rng(seed), seed % 3 + 1
+    peaks = [int(2 ** rng.uniform(8, 38)) for _ in range(count)]
+    xs = [rng.choice([-p, p, p // 3], (3, 4, 5)) for p in peaks]
+    xs = [x.astype(np.int32) if p <= INT32 else x for x, p in zip(xs, peaks)]
+    mults = [rng.integers(-m, m + 1, (4, 1)).astype(np.int32) for m in (min(INT32, WIDE_BOUND // 4 // p) for p in peaks)]
+    add, shift = rng.integers(-WIDE_BOUND // 8, WIDE_BOUND // 8, (4, 1)), int(rng.integers(0, 51))
+    want = ((sum(x.astype(np.int64) * m for x, m in zip(xs, mults)) + add) >> shift).clip(-1000, 900)
+    given = tuple(map(torch.from_numpy, xs)), list(map(torch.from_numpy, mults)), torch.from_numpy(add), shift, -1000, 900, torch.int32
+    assert np.array_equal(choose.requant(*given).numpy(), want)
+    monkeypatch.setattr(choose, "numba_available", lambda: False)
+    assert np.array_equal(choose.requant(*given).numpy(), want)
 
 
 def wide_program() -> Program:
