@@ -19,7 +19,7 @@ from rqtool.model.data import Images
 from rqtool.model.network import Network
 from rqtool.program import golden
 from rqtool.program.freeze import LOWER, Norm
-from rqtool.program.ir import REQUANT_BOUND, Program, requant_peak
+from rqtool.program.ir import REQUANT_BOUND, Program, is_wide, requant_bound, requant_peak
 from rqtool.program.run import Runner
 from rqtool.train.calibrate import calibrate
 from rqtool.train.finetune import Feed
@@ -165,8 +165,10 @@ def test_most_programs_have_every_single_code():
 def test_each_requant_stays_below_its_bound_and_uses_it():
     for style in STYLES:
         program = style_case(style, "default", True).program
-        peaks = [requant_peak(program, op) for op in program.ops if op.kind == "requant"]
-        assert REQUANT_BOUND // 4 <= min(peaks) and max(peaks) < REQUANT_BOUND
+        requants = [op for op in program.ops if op.kind == "requant"]
+        assert all(requant_peak(program, op) < requant_bound(program, op) for op in requants)
+        assert min(requant_peak(program, op) for op in requants) >= REQUANT_BOUND // 4
+        assert not all(is_wide(program, op) for op in requants)
         assert program.meta["islands"] == []
 
 
@@ -276,4 +278,4 @@ def test_a_code_that_no_requant_can_count_is_refused():
     with pytest.raises(InputError) as e:
         freeze(network, MACROS["default"], peaks_of(network, [case.feed.real(slice(0, 4))]), Norm(case.feed.mult.view(-1).double().numpy(), case.feed.add.view(-1).double().numpy()), True)
     assert str(e.value).startswith("4.codes: a value reaches ")
-    assert str(e.value).endswith(" steps of its grid, beyond 2**30; a channel of it hardly varies: take --range calibrated or more ADC bits where its reads all give one code, else retrain or prune that channel")
+    assert str(e.value).endswith(" steps of its grid, beyond 2**44; a channel of it hardly varies: take --range calibrated or more ADC bits where its reads all give one code, else retrain or prune that channel")

@@ -21,7 +21,7 @@ from rqtool.train.rewrite import read_layers
 from rqtool.train.stages import Job, Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-QUICK = replace(RECIPE, epochs=1, calibration_images=64)
+QUICK = replace(RECIPE, epochs=1, calibration_images=64, teacher="none")
 
 
 class Told:

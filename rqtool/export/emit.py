@@ -6,9 +6,9 @@ cannot overflow: int32 where every intermediate value fits, int64 where it does 
     Python              nodes
     x + y, x - y, x * y Add, Sub, Mul
     x >> s              Add 2**30, Div by 2**s, Sub 2**(30-s)    Div truncates towards zero: floor needs a positive dividend
-    1 << s              BitShift (on uint32: there is no signed one)
+    1 << s              BitShift (on uint32 or uint64: there is no signed one)
     x >= t              GreaterOrEqual, Cast
-    x.clip(lo, hi)      Clip in int32 (int64 Clip is wrong near 2**31 in some runtimes)
+    x.clip(lo, hi)      Clip in int32, in float64 where that does not hold x (int64 Clip is wrong near 2**31 in some runtimes)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IR_VERSION = 10
 
 INT32 = (-(1 << 31), (1 << 31) - 1)
 FLOOR_OFFSET = {False: 30, True: 62}  # int32, int64: 2**offset makes every dividend positive
-DTYPES = {"uint8": TensorProto.UINT8, "int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
+DTYPES = {"uint8": TensorProto.UINT8, "int32": TensorProto.INT32, "int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,12 @@ class Int:
     __rmul__ = __mul__
 
     def __rlshift__(self, one: int) -> Int:
-        base = self.body.const(one, np.uint32)
-        shifted = self.body.node("BitShift", base, self.body.cast(self.name, TensorProto.UINT32), direction="LEFT")
-        return Int(self.body, self.body.cast(shifted, TensorProto.INT32, out="power"), one << self.lo, one << self.hi)
+        wide = one << self.hi > INT32[1]
+        base = self.body.const(one, np.uint64 if wide else np.uint32)
+        by = self.body.cast(self.name, TensorProto.UINT64 if wide else TensorProto.UINT32)
+        shifted = self.body.node("BitShift", base, by, direction="LEFT")
+        power = self.body.cast(shifted, TensorProto.INT64 if wide else TensorProto.INT32, out="power")
+        return Int(self.body, power, one << self.lo, one << self.hi, wide)
 
     def __rshift__(self, shift: Any) -> Int:
         power = 1 << self._other(shift)
@@ -149,9 +152,13 @@ class Int:
         return Int(self.body, self.body.cast(truth, TensorProto.INT32, out="passed"), 0, 1)
 
     def clip(self, lo: Any, hi: Any) -> Int:
-        x, lo, hi = self._as(False), self._other(lo), self._other(hi)
-        name = self.body.node("Clip", x.name, lo.name, hi.name)
-        return Int(self.body, name, min(max(self.lo, lo.lo), hi.hi), max(min(self.hi, hi.hi), lo.lo))
+        lo, hi = self._other(lo), self._other(hi)
+        bounds = min(max(self.lo, lo.lo), hi.hi), max(min(self.hi, hi.hi), lo.lo)
+        if INT32[0] <= self.lo <= self.hi <= INT32[1]:
+            return Int(self.body, self.body.node("Clip", self._as(False).name, lo.name, hi.name), *bounds)
+        assert -(1 << 53) <= self.lo <= self.hi <= 1 << 53, f"{self.name} in {self.lo}..{self.hi} does not fit float64"
+        reals = [self.body.cast(n.name, TensorProto.DOUBLE) for n in (self, lo, hi)]
+        return Int(self.body, self.body.cast(self.body.node("Clip", *reals), TensorProto.INT32), *bounds)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
     def _other(self, other: Any) -> Int:

@@ -26,7 +26,7 @@ from rqtool.export.bodies import CONV_ATTRIBUTES, write_reads
 from rqtool.export.emit import DOMAIN, DOMAIN_VERSION, DTYPES, IR_VERSION, OPSET, Body, Int, Library, Ref
 from rqtool.export.layout import Layout
 from rqtool.mapping.plan import Geometry
-from rqtool.program.ir import Op, Program, Tensor, check, requant_peak
+from rqtool.program.ir import Op, Program, Tensor, check, is_wide, requant_peak
 
 XY = ("x", "y")
 FORMS = ("qlinear", "explicit")
@@ -118,19 +118,22 @@ def _quantize(graph: Graph, op: Op) -> Value:
 
 
 def _requant(graph: Graph, op: Op) -> Value:
-    count, peak = len(op.inputs), requant_peak(graph.program, op)
+    count, peak, wide = len(op.inputs), requant_peak(graph.program, op), is_wide(graph.program, op)
+    kind = TensorProto.INT64 if wide else TensorProto.INT32
     xs, mults = [f"x{n}" for n in range(count)], [f"mult{n}" for n in range(count)]
     body = Body(given=[*xs, "add", *mults, "y"])
     total = "add"
     for x, mult in zip(xs, mults):
-        total = body.node("Add", body.node("Mul", body.cast(x, TensorProto.INT32), mult), total, out="sum")
-    attributes = {"shift": min(op.attrs["shift"], MAX_FLOOR_SHIFT), "lo": op.attrs["lo"], "hi": op.attrs["hi"]}
+        factor = body.cast(mult, kind) if wide else mult
+        total = body.node("Add", body.node("Mul", body.cast(x, kind), factor), total, out="sum")
+    most = op.attrs["shift"] if wide else MAX_FLOOR_SHIFT
+    attributes = {"shift": min(op.attrs["shift"], most), "lo": op.attrs["lo"], "hi": op.attrs["hi"]}
     shift, lo, hi = (Int(body, body.attribute(k, TensorProto.INT32), v, v) for k, v in attributes.items())
-    (Int(body, total, -peak, peak) >> shift).clip(lo, hi)
+    (Int(body, total, -peak, peak, wide) >> shift).clip(lo, hi)
     body.nodes[-1].output[0] = "y"
     doc = f"clamp(({' + '.join(map('*'.join, zip(xs, mults)))} + add) >> shift, lo, hi), the shift rounding down."
     name = graph.library.intern("Requant" if count == 1 else "RequantAdd", [*xs, "add", *mults], "y", body, list(attributes), doc)
-    constants = [graph.constant(op, role, graph.program.const(op, role).astype(np.int32)) for role in ("add", *mults)]
+    constants = [graph.constant(op, role, graph.program.const(op, role)) for role in ("add", *mults)]
     return graph.call(op, name, [*op.inputs, *constants], **attributes), "int32"
 
 
@@ -172,13 +175,14 @@ def _maxpool(graph: Graph, op: Op) -> Value:
 
 
 def _sumpool(graph: Graph, op: Op) -> Value:
-    body, spec = Body(given=XY), graph.tensor(op.inputs[0])
-    x = body.cast("x", TensorProto.INT32)
+    body, spec, kind = Body(given=XY), graph.tensor(op.inputs[0]), graph.tensor(op.output).dtype
+    kind = "int32" if kind == "uint8" else kind
+    x = body.cast("x", DTYPES[kind])
     if tuple(op.attrs["kernel"]) == spec.shape[1:] and not any(map(any, op.attrs["padding"])):
         body.node("ReduceSum", x, body.const([2, 3], np.int64), keepdims=1)
-        return _pool_call(graph, op, "GlobalSumPool", body, "The sum over height and width."), "int32"
-    _windowed(body, _padded(body, x, op.attrs["padding"], 0, np.int32), "Add", op, graph.tensor(op.output).shape[1:])
-    return _pool_call(graph, op, "SumPool", body, "The sum of a window."), "int32"
+        return _pool_call(graph, op, "GlobalSumPool", body, "The sum over height and width."), kind
+    _windowed(body, _padded(body, x, op.attrs["padding"], 0, kind), "Add", op, graph.tensor(op.output).shape[1:])
+    return _pool_call(graph, op, "SumPool", body, "The sum of a window."), kind
 
 
 def _pool_call(graph: Graph, op: Op, name: str, body: Body, doc: str) -> str:

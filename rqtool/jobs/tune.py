@@ -24,6 +24,7 @@ from rqtool.program.ir import Program
 from rqtool.program.numbers import Numbers
 from rqtool.storage import check_writable
 from rqtool.train.finetune import Recipe, Run, consider_norms, fitting_network
+from rqtool.train.fixed import FixedCheck, compare, tell
 from rqtool.train.frozen import lower, peaks_of
 from rqtool.train.measure import hits, layer_table, percent, predictions, real_predictions
 from rqtool.train.paired import Loss, paired
@@ -96,6 +97,7 @@ def quantize(
     say_what_training_brought(alarms, run, recipe, len(job.train), _lost_by_calibration(steps), TEACH)
     if run.best is not best:  # else nothing better was found, and that is measured already
         measured = _measured(network, macro, job, progress, "integer program")
+    tell(measured.fixed, alarms.say)
     ideal = _twin(stages, run, measured, alarms) if twin else None
     figures = _figures(stages, network, run, measured, out, started, alarms)
     chain = chain_rows([*steps, Step("frozen", measured.right(job))])
@@ -139,6 +141,7 @@ def train_more(
     run = stages.tuned(network, best, recipe, None, MAIN)
     say_what_training_brought(alarms, run, recipe, len(job.train), None, "")
     measured = _measured(network, saved.macro, job, progress, "integer program")
+    tell(measured.fixed, alarms.say)
     gain = paired(measured.right(job), before)
     about = {"source": str(source), "history": history, "before_top1": percent(before), "gain": gain}
     result = Trained(**_figures(stages, network, run, measured, out, started, alarms), **about)
@@ -240,13 +243,14 @@ def _save_twin(result: Quantized, stages: Stages, twin: Twin, force: bool) -> No
 @dataclass(frozen=True)
 class Measured:
     """A network's integer program, the numbers that `Served` computes it with, the peaks that its grids come from; the classes that
-    the program names for the test images, and their top-1."""
+    the program names for the test images, and their top-1; what it cost to fix the numbers."""
 
     program: Program
     numbers: Numbers
     peaks: dict[str, float]
     found: np.ndarray
     top1: float
+    fixed: FixedCheck
 
     def right(self, job: Job) -> np.ndarray:
         """bool [N]: which of the test images the program names rightly."""
@@ -258,7 +262,8 @@ def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str
     program, numbers = lower(network, macro, peaks, job.pixels, job.whole)
     with progress.stage(name, len(job.test)) as done:
         found = predictions(program, job.test.images, done)
-    return Measured(program, numbers, peaks, found, percent(found == job.test.images.y))
+    fixed = compare(network, Served(network, numbers), job.test, found)
+    return Measured(program, numbers, peaks, found, percent(found == job.test.images.y), fixed)
 
 
 def _figures(stages: Stages, network: Network, run: Run, measured: Measured, out: str | Path | None, started: float, alarms: Alarms) -> dict[str, Any]:

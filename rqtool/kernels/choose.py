@@ -126,7 +126,7 @@ class Exact:
 
 
 def requant(xs: tuple[torch.Tensor, ...], mults: list[torch.Tensor], add: torch.Tensor, shift: int, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:
-    """clamp((add + sum of x * mult) >> shift, lo, hi) in int32, in one pass over memory where numba compiles for the device."""
+    """clamp((add + sum of x * mult) >> shift, lo, hi) in the type of `add`, in one pass over memory where numba compiles for the device."""
     if xs[0].device.type == "cpu" and numba_available():
         from rqtool.kernels.requant import requant as in_one_pass
 
@@ -134,7 +134,7 @@ def requant(xs: tuple[torch.Tensor, ...], mults: list[torch.Tensor], add: torch.
         return torch.from_numpy(in_one_pass([_array(x) for x in xs], [_array(m) for m in mults], _array(add), shift, lo, hi, kind, torch.get_num_threads()))
     total = add
     for x, mult in zip(xs, mults):
-        total = total + x.int() * mult
+        total = total + x.to(add.dtype) * mult
     return (total >> shift).clamp(lo, hi).to(dtype)
 
 

@@ -6,8 +6,11 @@ narrows the requant's ends. Which grid that is follows from who takes the value:
 
     a layer              the layer's input codes: nothing lies between the accumulators and them but the requant
     the scores           21 bits that cover them
-    anyone, or several   20 bits with a power of two as scale: such grids share one zero and fit float32
-    a factor, a mean     the same with fewer bits, because the requant after it needs bits for its multiplier
+    anyone, or several   23 bits with a power of two as scale: such grids share one zero and fit float32
+    a mean               the same, with fewer bits only for windows of more than 2**16 values
+
+What the requant after a grid needs for its multipliers is no reason for a coarser grid: a requant takes 64 bits where 32 do not do, and
+so does the sum of a large window.
 
 The walk that writes the operations also keeps, in `Numbers`, what train/served.py needs to compute the very same values in floating point.
 """
@@ -25,17 +28,16 @@ from rqtool.errors import InputError, escaped
 from rqtool.hardware.macro import Macro
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.model.graph import Graph, Node
-from rqtool.program.ir import REQUANT_BOUND, Op, Program, Tensor
+from rqtool.program.ir import Op, Program, Tensor
 from rqtool.program.numbers import DEAD_CHANNEL, Grid, Numbers, Place, Requant, requant
 from rqtool.program.prove import prove
 
-GRID_PEAK = (1 << 19) - 1  # the 20-bit grid of values between layers: 2**19 times a 10-bit mantissa stays below 2**30
-SUM_PEAK = (1 << 18) - 1  # the sum of a window, whose requant also divides
-FACTOR_PEAK = (1 << 15) - 1  # values that batch norm multiplies share bits with its multipliers
+GRID_PEAK = (1 << 22) - 1  # the grid of values between layers: exact in float32, and fine enough where the largest value is an outlier
+SUM_PEAK = (1 << 38) - 1  # the sum of a window: 14 bits are left for the multiplier that also divides
 GRID_MARGIN = 2.0  # it reaches twice the largest value seen on the calibration images
 OUTPUT_PEAK = 1 << 20  # class scores get finer codes
-FINEST = REQUANT_BOUND / 4  # no grid is so fine that a proven bound reaches more steps: a requant would pass its own bound
-LARGEST_BOUND = 1 << 20  # more times the peak, and fewer than 8 bits of the grid would be left for what was seen
+UNSEEN_STEPS = 1 << 28  # of a grid on which nothing was ever seen, up to what its weights allow
+LARGEST_BOUND = 1 << 20  # more times the peak, and what was seen is no sample of what can come
 SMALLEST = 2.0**-60  # where nothing was ever seen and nothing can come
 MAX_TERMS = 3
 SCORES: Place = ("", 0)  # the scores where they are also used inside the network, on their way to a grid of their own
@@ -194,7 +196,7 @@ class Freezer:
         return Value(grid, lo, hi, value.shape, None, ((spec.name,), number, name))
 
     def narrowed(self, node: Node, reach: int) -> Value:
-        """The first input of a node as a tensor of at most `reach` steps, so that its requant has bits for multipliers."""
+        """The first input of a node as a tensor of at most `reach` steps."""
         name = node.inputs[0]
         if self.values[name].peak <= reach:
             return self.operand(node, 0)
@@ -240,14 +242,14 @@ class Freezer:
         return float(np.max(sum(np.abs(t.scale) * self.tensors[t.tensor].peak for t in formula.terms) + np.abs(formula.offset)))
 
     def real_scale(self, bound: float, name: str, reach: int) -> float:
-        """The smallest scale at which `reach` steps cover the peak of node `name` with its margin and a requant can count the bound."""
+        """The scale at which `reach` steps cover the peak of node `name` with its margin."""
         peak = self.peaks[name]
         if not bound <= LARGEST_BOUND * peak and peak > 0:
             raise InputError(
                 f"{escaped(name)}: its weights allow values {bound / peak:.3g} times as large as any seen on the calibration images, beyond 2**20; "
                 f"{DEAD_CHANNEL}"
             )
-        return max(GRID_MARGIN * peak / reach, bound / FINEST)
+        return GRID_MARGIN * peak / reach if peak > 0 else bound / UNSEEN_STEPS
 
     # -- walking ---------------------------------------------------------------------------------------------------------
     def run(self, pixels: Norm, whole: bool) -> tuple[Program, Numbers]:
@@ -272,11 +274,10 @@ class Freezer:
         self.tensors[name] = Tensor(name, shape, 0, 255) if whole else Tensor(name, shape, None, None)
         if whole:
             return Formula((Term(name, mult, (name, 0)),), add, shape)
-        reach = GRID_PEAK if np.all(np.frexp(mult)[0] == 0.5) else FACTOR_PEAK
-        scale = _dyadic(GRID_MARGIN * (self.peaks[name] + np.abs(add).max()) / np.abs(mult).min() / reach)
-        attrs = {"exponent": -int(np.log2(scale)), "lo": -reach, "hi": reach}
-        self.numbers.pixels = (attrs["exponent"], -reach, reach)
-        tensor = self.emit("quantize", f"{name}.grid", (name,), shape, -reach, reach, attrs)
+        scale = _dyadic(GRID_MARGIN * (self.peaks[name] + np.abs(add).max()) / np.abs(mult).min() / GRID_PEAK)
+        attrs = {"exponent": -int(np.log2(scale)), "lo": -GRID_PEAK, "hi": GRID_PEAK}
+        self.numbers.pixels = (attrs["exponent"], -GRID_PEAK, GRID_PEAK)
+        tensor = self.emit("quantize", f"{name}.grid", (name,), shape, -GRID_PEAK, GRID_PEAK, attrs)
         return Formula((Term(tensor, mult * scale, (name, 0)),), add, shape)
 
     def _finish(self) -> Program:
@@ -298,9 +299,11 @@ def _dyadic(scale: float) -> float:
 
 def _reach(user: Node) -> int:
     """How many steps a value may have for the only node that takes it."""
-    if user.op == "avgpool":
-        return max(1, SUM_PEAK // prod(user.attrs["kernel"]))
-    return FACTOR_PEAK if user.op in ("batch_norm", "affine") else GRID_PEAK
+    return _sum_reach(user) if user.op == "avgpool" else GRID_PEAK
+
+
+def _sum_reach(pool: Node) -> int:
+    return min(GRID_PEAK, max(1, SUM_PEAK // prod(pool.attrs["kernel"])))
 
 
 # -- one rule per operation of the graph -----------------------------------------------------------------------------
@@ -380,7 +383,7 @@ def _affine(f: Freezer, node: Node, mult: np.ndarray, add: np.ndarray) -> Formul
     made = f.values[node.inputs[0]]
     if isinstance(made, Formula):
         return made.affine(mult, add)
-    value = f.narrowed(node, FACTOR_PEAK)
+    value = f.operand(node, 0)
     return Formula((Term(value.tensor, value.grid.scale * mult, (node.name, 0), value.grid.scale),), np.asarray(add), node.shape)
 
 
@@ -423,7 +426,7 @@ def _as_formula(value: Value, place: Place) -> Formula:
 
 def _avgpool(f: Freezer, node: Node) -> Formula:
     a, area = node.attrs, prod(node.attrs["kernel"])
-    value = f.narrowed(node, max(1, SUM_PEAK // area))
+    value = f.narrowed(node, _sum_reach(node))
     spec, attrs = f.tensors[value.tensor], {"kernel": a["kernel"], "stride": a["stride"], "padding": [[p, p] for p in a["padding"]]}
     tensor = f.emit("sumpool", node.name, (spec.name,), node.shape, min(0, spec.lo) * area, max(0, spec.hi) * area, attrs)
     count = np.full((1, 1, 1), area) if a["include_pad"] else _covered(value.shape[1:], attrs)

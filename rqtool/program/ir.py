@@ -14,7 +14,9 @@
     slice     every step-th of start..stop along an axis of one sample           axis, start, stop, step
 
 `requant` with two inputs is a residual addition. Rounding (half up), zero codes, bias and batch norm all live in its `add`.
-Shapes leave the batch out. Every tensor carries proven bounds: uint8 where they fit 0..255, else int32.
+A requant whose `add` is int32 computes in int32, one whose `add` is int64 in 64 bits; the bounds below hold for their sums.
+Shapes leave the batch out. Every tensor carries proven bounds: uint8 where they fit 0..255, else int32; the sum of a large window is int64
+where int32 does not hold it, and then goes into a requant of 64 bits.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ from rqtool.errors import InputError, escaped
 from rqtool.hardware.macro import Macro
 from rqtool.mapping.plan import Geometry, Plan
 
-REQUANT_BOUND = 1 << 30  # every requant keeps |sum x*mult| + |add| below this, so an int32 carrier can floor-divide exactly
+REQUANT_BOUND = 1 << 30  # a requant keeps |sum x*mult| + |add| below this, so an int32 carrier can floor-divide exactly
+WIDE_BOUND = 1 << 52  # and one of 64 bits below this, so float64 holds every product and partial sum
+MAX_SHIFT, MAX_WIDE_SHIFT = 30, 50
+INT32 = (1 << 31) - 1
 
 ADC_TABLES = {"ideal": (), "uniform": ("mult", "zero", "gain"), "free": ("thresholds", "levels")}  # constants of each kind of adc
 
@@ -60,10 +65,12 @@ class Tensor:
 
     @property
     def dtype(self) -> str:
-        """"float32", "uint8" or "int32"."""
+        """"float32", "uint8", "int32" or "int64"."""
         if self.lo is None:
             return "float32"
-        return "uint8" if 0 <= self.lo and self.hi <= 255 else "int32"
+        if 0 <= self.lo and self.hi <= 255:
+            return "uint8"
+        return "int32" if self.peak <= INT32 else "int64"
 
     @property
     def peak(self) -> int:
@@ -146,7 +153,7 @@ class Program:
 
 def check(program: Program) -> None:
     """Refuse a program that no carrier could run: unknown kinds, missing or wrong attributes, tensors used before they
-    are made, constants that are absent or not integers, a requant beyond 2**30. Raises InputError."""
+    are made, constants that are absent or not integers, a requant beyond its bound. Raises InputError."""
     known = {program.input}
     for op in program.ops:
         _check_op(program, op, known)
@@ -176,8 +183,8 @@ def _check_op(program: Program, op: Op, known: set[str]) -> None:
     for name in op.consts.values():
         if name not in program.constants or program.constants[name].dtype.kind != "i":
             refuse(f"integer constant {name} is missing")
-    if op.kind == "requant" and requant_peak(program, op) >= REQUANT_BOUND:
-        refuse("its sum can pass 2**30")
+    if op.kind == "requant" and requant_peak(program, op) >= requant_bound(program, op):
+        refuse(f"its sum can pass 2**{requant_bound(program, op).bit_length() - 1}")
 
 
 def roles(op: Op) -> tuple[str, ...]:
@@ -189,7 +196,17 @@ def roles(op: Op) -> tuple[str, ...]:
 
 def requant_peak(program: Program, op: Op) -> int:
     """The proven bound of |sum x*mult| + |add| of a requant."""
-    total = np.abs(program.const(op, "add").astype(np.int64))
+    total = np.abs(program.const(op, "add").astype(np.float64))  # exact up to 2**53, and no forged number can wrap it
     for n, name in enumerate(op.inputs):
-        total = total + program.tensors[name].peak * np.abs(program.const(op, f"mult{n}").astype(np.int64))
+        total = total + program.tensors[name].peak * np.abs(program.const(op, f"mult{n}").astype(np.float64))
     return int(total.max())
+
+
+def is_wide(program: Program, op: Op) -> bool:
+    """Whether a requant computes in 64 bits."""
+    return program.const(op, "add").dtype == np.int64
+
+
+def requant_bound(program: Program, op: Op) -> int:
+    """What the sum of a requant must stay below."""
+    return WIDE_BOUND if is_wide(program, op) else REQUANT_BOUND

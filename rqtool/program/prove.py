@@ -16,9 +16,8 @@ from rqtool.errors import ConfigError, InputError, escaped
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
 from rqtool.mapping.plan import FREE_LEVEL_PEAK, Geometry, Plan
-from rqtool.program.ir import Op, Program, Tensor, check
+from rqtool.program.ir import INT32, MAX_SHIFT, MAX_WIDE_SHIFT, WIDE_BOUND, Op, Program, Tensor, check, is_wide
 
-INT32 = (1 << 31) - 1
 Made = tuple[tuple[int, ...], int, int]  # shape, lo, hi
 
 
@@ -137,9 +136,9 @@ def _xsum(p: Program, op: Op, x: Tensor) -> Made:
 
 
 def _requant(p: Program, op: Op, *xs: Tensor) -> Made:
-    whole(op.attrs["shift"], 0, 30, "shift")
-    arrays = [p.const(op, role) for role in ("add", *(f"mult{n}" for n in range(len(xs))))]
-    need(all(a.dtype == np.int32 for a in arrays), "its constants are not int32")
+    whole(op.attrs["shift"], 0, MAX_WIDE_SHIFT if is_wide(p, op) else MAX_SHIFT, "shift")
+    add, *mults = arrays = [p.const(op, role) for role in ("add", *(f"mult{n}" for n in range(len(xs))))]
+    need(add.dtype in (np.int32, np.int64) and all(a.dtype == np.int32 for a in mults), "its constants are not int32")
     shape = np.broadcast_shapes(*(x.shape for x in xs))
     need(np.broadcast_shapes(shape, *(a.shape for a in arrays)) == shape, "its constants do not fit its inputs")
     return shape, *_limits(op)
@@ -231,14 +230,17 @@ def _check_tensor(name: str, t: Tensor) -> None:
     need(isinstance(name, str) and t.name == name, f"a tensor is called {name!r}")
     wholes(t.shape, len(t.shape), 1, f"the shape of {t.name}")
     if t.lo is not None or t.hi is not None:
-        need(whole(t.lo, -INT32, INT32, f"lo of {t.name}") <= whole(t.hi, -INT32, INT32, f"hi of {t.name}"), f"lo of {t.name} is above hi")
+        need(whole(t.lo, -WIDE_BOUND, WIDE_BOUND, f"lo of {t.name}") <= whole(t.hi, -WIDE_BOUND, WIDE_BOUND, f"hi of {t.name}"), f"lo of {t.name} is above hi")
 
 
 def _check(program: Program, op: Op) -> None:
     inputs = [program.tensors[name] for name in op.inputs]
     need(inputs and (op.kind in ("requant", "concat") or len(inputs) == 1), f"it has {len(inputs)} inputs")
     need(op.kind == "quantize" or all(x.lo is not None for x in inputs), "its input is float32")
+    wide = op.kind == "requant" and is_wide(program, op)
+    need(wide or all(x.dtype != "int64" for x in inputs), "its input is int64")
     shape, lo, hi = RULES[op.kind](program, op, *inputs)
     declared = program.tensors[op.output]
+    need(op.kind == "sumpool" and op.output != program.output or declared.dtype != "int64", "its output is int64")
     need(declared.lo is not None and tuple(shape) == declared.shape, f"its output has shape {list(shape)}, not {list(declared.shape)}")
     need(declared.lo <= lo and hi <= declared.hi, f"its output reaches {lo}..{hi}, beyond {declared.lo}..{declared.hi}")

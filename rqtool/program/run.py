@@ -20,7 +20,7 @@ from rqtool.mapping.planes import extract
 from rqtool.model.network import flat_pads
 from rqtool.program.ir import Op, Program
 
-DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "float32": torch.float32}
+DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 
 
 # -- reads -----------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def _maxpool(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
 
 def _sumpool(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
     a = op.attrs
-    return F.avg_pool2d(F.pad(x.double(), flat_pads(a["padding"])), tuple(a["kernel"]), tuple(a["stride"]), divisor_override=1).int()
+    return F.avg_pool2d(F.pad(x.double(), flat_pads(a["padding"])), tuple(a["kernel"]), tuple(a["stride"]), divisor_override=1)
 
 
 def _slice(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
@@ -154,7 +154,7 @@ class Runner:
 
     @torch.no_grad()
     def trace(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Every tensor by name, uint8 or int32 [N, ...], for uint8 or float32 x [N, ...]."""
+        """Every tensor by name, uint8, int32 or int64 [N, ...], for uint8 or float32 x [N, ...]."""
         values = {self.program.input: x}
         for op, rule in zip(self.program.ops, self.rules):
             values[op.output] = rule(*(values[name] for name in op.inputs)).to(DTYPES[self.program.tensors[op.output].dtype])
