@@ -183,25 +183,25 @@ BEFORE = "training brought nothing, so the network from before it was kept: held
 )  # fmt: skip
 def test_training_that_brought_nothing_says_so_and_why(history, about, sentence):
     epochs = [Epoch(n + 1, top1, 1.0, first, last) for n, (top1, first, last) in enumerate(history)]
-    assert told(epochs, Recipe(**about), ways=", or --teacher float") == [BEFORE + sentence]
+    assert told(epochs, Recipe(**{"lr": 1e-3, **about}), ways=", or --teacher float") == [BEFORE + sentence]
 
 
 def test_few_steps_are_a_reason():
-    assert told([Epoch(1, 69.0, 1.0, 1.5, 1.0)], Recipe(epochs=1), images=640) == [
+    assert told([Epoch(1, 69.0, 1.0, 1.5, 1.0)], Recipe(epochs=1, lr=1e-3), images=640) == [
         BEFORE + "69.00 % after its only epoch; 10 training steps are few; use more --epochs, a smaller --batch or more training images"
     ]
 
 
 def test_where_calibration_loses_nothing_there_is_little_to_gain():
     sentence = "69.00 % after its only epoch; calibration lost nothing significant against the float model, so there was little to gain; --epochs 0 saves the time"
-    assert told([Epoch(1, 69.0, 1.0, 1.5, 1.9)], Recipe(epochs=1), to_gain=paired(right(1), right(2, 3))) == [BEFORE + sentence]
-    assert told([Epoch(1, 69.0, 1.0, 1.5, 1.9)], Recipe(epochs=1), to_gain=paired(right(), right(*range(20)))) != [BEFORE + sentence]
+    assert told([Epoch(1, 69.0, 1.0, 1.5, 1.9)], Recipe(epochs=1, lr=1e-3), to_gain=paired(right(1), right(2, 3))) == [BEFORE + sentence]
+    assert told([Epoch(1, 69.0, 1.0, 1.5, 1.9)], Recipe(epochs=1, lr=1e-3), to_gain=paired(right(), right(*range(20)))) != [BEFORE + sentence]
 
 
 def test_nothing_is_said_where_an_epoch_was_chosen_or_none_was_done():
     alarms = Alarms()
     for run in (Run(1, 0, candidate("epoch 1"), {}, {}, (Epoch(1, 71.0, 1.0, 1.0, 0.5),)), Run(0, 0, candidate("post-training"), {}, {})):
-        say_what_training_brought(alarms, run, Recipe(epochs=1), 640, None, "")
+        say_what_training_brought(alarms, run, Recipe(epochs=1, lr=1e-3), 640, None, "")
         say_what_the_twin_is(alarms, run)
     assert not alarms.sentences
 

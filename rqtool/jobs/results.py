@@ -16,13 +16,15 @@ class Tuned:
     the name of the part: "test", "val" and the like, or "held-out".
 
     tuned: after `recipe.epochs` epochs, the integer program that was saved. agreement: percent of images on which the integer
-    program and the network that is served, its graph run in floating point, name the same class (train/served.py). roll_backs:
+    program and the network that is served, its graph run in floating point, name the same class (train/served.py). learning_rate:
+    the peak rate, found or asked for; None without epochs. roll_backs:
     epochs that diverged and were done again, each at half the rate. epochs: a row for each epoch, as docs/json.md describes it.
     """
 
     out: str | None
     macro: Macro
     recipe: Recipe
+    learning_rate: float | None
     tuned_top1: float
     agreement: float
     images: int
@@ -42,7 +44,7 @@ class Tuned:
 
     def _described(self) -> dict[str, Any]:
         """What was made: the first keys of the JSON object, after the command's own."""
-        return {"out": self.out, "macro": self.macro.to_dict(), "recipe": self.recipe.to_dict()}
+        return {"out": self.out, "macro": self.macro.to_dict(), "recipe": self.recipe.to_dict(), "learning_rate": self.learning_rate}
 
     def _training(self) -> dict[str, Any]:
         """How it was trained and measured: the keys after the metrics."""

@@ -16,6 +16,15 @@ from rqtool.errors import ConfigError, InputError, escaped
 from rqtool.hardware.macro import Macro
 from rqtool.jobs import suspicions
 from rqtool.jobs.alarms import Alarms
+from rqtool.jobs.chain import (
+    Step,
+    calibrated_steps,
+    chain_rows,
+    epoch_rows,
+    say_what_the_twin_is,
+    say_what_training_brought,
+    tuned_step,
+)
 from rqtool.jobs.prepare import Silent, check_augment, check_task, fitting_images, prepare, read_data, ready_kernels, sample, split
 from rqtool.jobs.results import Quantized, Trained
 from rqtool.model.data import Data, Preprocess
@@ -94,7 +103,7 @@ def quantize(
     alarms.say_all(suspicions.of_gain(float_top1, ptq_top1, len(job.test)))
     network, run = stages.main(network, best)
     steps.append(tuned_step(network, job, best, run.best, progress))
-    say_what_training_brought(alarms, run, recipe, len(job.train), _lost_by_calibration(steps), TEACH)
+    say_what_training_brought(alarms, run, stages.followed(), len(job.train), _lost_by_calibration(steps), TEACH)
     if run.best is not best:  # else nothing better was found, and that is measured already
         measured = _measured(network, macro, job, progress, "integer program")
     tell(measured.fixed, alarms.say)
@@ -139,7 +148,7 @@ def train_more(
     network = saved.network
     best = consider_norms("as before", network, job.train, job.held, recipe, None)
     run = stages.tuned(network, best, recipe, None, MAIN)
-    say_what_training_brought(alarms, run, recipe, len(job.train), None, "")
+    say_what_training_brought(alarms, run, stages.followed(), len(job.train), None, "")
     measured = _measured(network, saved.macro, job, progress, "integer program")
     tell(measured.fixed, alarms.say)
     gain = paired(measured.right(job), before)
@@ -271,7 +280,7 @@ def _figures(stages: Stages, network: Network, run: Run, measured: Measured, out
     job = stages.job
     agreement = percent(measured.found == real_predictions(Served(network, measured.numbers), job.test.images))
     return {
-        "out": None if out is None else str(out), "macro": stages.macro, "recipe": stages.recipe, "tuned_top1": measured.top1, "agreement": agreement,
+        "out": None if out is None else str(out), "macro": stages.macro, "recipe": stages.recipe, "learning_rate": stages.rates.get(MAIN), "tuned_top1": measured.top1, "agreement": agreement,
         "images": len(job.test), "measured_on": job.measured_on, "train_images": len(job.train), "held_out_images": len(job.held), "chosen": run.best.name,
         "roll_backs": run.roll_backs, "epochs": epoch_rows(run), "layers": layer_table(network, sample(network, job.train)), "seconds": round(time.monotonic() - started, 1), "warnings": tuple(alarms.sentences),
     }  # fmt: skip

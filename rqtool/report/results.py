@@ -112,8 +112,9 @@ def _trained(data: Data) -> str:
     before = f", after {_epochs(recipe['ideal_epochs'])} with an ideal ADC" if recipe["ideal_epochs"] else ""
     teacher = "" if recipe["teacher"] == "none" else f", {recipe['teacher']} teacher"
     augment = "" if recipe["augment"] == "none" else f", {recipe['augment']}"
+    rate = f", learning rate {data['learning_rate']:g}" if data["learning_rate"] is not None else ""
     rolled = f"; rolled back {data['roll_backs']} times, each to half the rate" if data["roll_backs"] else ""
-    return f"{_epochs(recipe['epochs'])} on {data['train_images']} images, seed {recipe['seed']}{before}{teacher}{augment}{rolled}"
+    return f"{_epochs(recipe['epochs'])} on {data['train_images']} images, seed {recipe['seed']}{before}{teacher}{augment}{rate}{rolled}"
 
 
 def _epochs(count: int) -> str:

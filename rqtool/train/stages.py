@@ -94,7 +94,12 @@ class Stages:
         if recipe.lr == AUTO and name not in self.rates:
             with self.progress.stage(f"{name}: learning rate", len(RATES)) as done:
                 self.rates[name] = find_rate(network, self.job.train, recipe, teacher, done)
-        return self.rates[name] if recipe.lr == AUTO else recipe.lr
+        self.rates.setdefault(name, recipe.lr)
+        return self.rates[name]
+
+    def followed(self) -> Recipe:
+        """The recipe with the rate that the main stage was trained at."""
+        return replace(self.recipe, lr=self.rates.get(MAIN, self.recipe.lr))
 
     def taught_by(self, network: Network) -> Teacher:
         """A teacher that is asked once for each image, unless every epoch moves them, there are too many to keep, or more than its scores is
