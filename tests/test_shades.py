@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
+from rqtool.storage import save_tensors
+
 
 def tool(name: str) -> ModuleType:
     sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -53,8 +55,8 @@ def test_equal_values_are_no_difference(shades):
 
 def test_what_is_on_one_side_only_is_a_difference(shades):
     old, new = "0" * 64, "f" * 64
-    found = shades.differences({"file job.rq": old, "gone": 1}, {"file job.rq": new, "new": 2})
-    assert found == [f"file job.rq: {'0' * 16} -> {'f' * 16}", "gone: 1 -> absent", "new: absent -> 2"]
+    found = shades.differences({".onnx": old, "gone": 1}, {".onnx": new, "new": 2})
+    assert found == [f".onnx: {'0' * 16} -> {'f' * 16}", "gone: 1 -> absent", "new: absent -> 2"]
 
 
 def test_a_digest_is_of_type_shape_and_values(shades):
@@ -62,6 +64,21 @@ def test_a_digest_is_of_type_shape_and_values(shades):
     others = [a.astype(np.int64), a.reshape(2, 3), a[::-1]]
     assert shades.digest(a.copy()) == shades.digest(a)
     assert len({shades.digest(x) for x in [a, *others]}) == 4
+
+
+def test_seconds_do_not_count_in_a_checkpoint(shades, tmp_path):
+    def digests(seconds: float, top1: float) -> dict:
+        path = tmp_path / "job.rq"
+        tensors = {"program/a": np.arange(3, dtype=np.int8)}
+        save_tensors(path, tensors, {"tool": "x", "results": {"top1": top1, "seconds": seconds}}, force=True)
+        return shades.rq_digests(path.read_bytes())
+
+    first = digests(1.0, 90.0)
+    assert first.keys() == {".rq tensor program/a", ".rq tool", ".rq results"}
+    assert first == digests(2.0, 90.0)
+    (line,) = shades.differences(first, digests(1.0, 91.0))
+    assert line.startswith(".rq results: ")
+    assert shades.rq_digests(b"another format").keys() == {".rq"}
 
 
 def test_each_job_names_its_flags(shades):

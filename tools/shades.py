@@ -11,7 +11,9 @@ with a fixed seed, in checkouts of the two commits, and what comes out is compar
     program       the digest of the integer program, as the exported file names it
     constants     the digest of every constant of the exported file
     accumulators  the digest of what each layer gives on 20 test images, by onnxruntime
-    files         the digests of the .rq and of the .onnx file; they hold the version of rqtool, too
+    .rq           the digest of each tensor and of each part of the document; seconds are left out,
+                  so the file as a whole is not compared
+    .onnx         the digest of the file; like the document, it holds the version of rqtool, too
 
 Only what is committed takes part. Prints one line for each difference and ends with 1 where there
 is one. A job that stops is compared by its last message, so that a commit which lacks an option
@@ -24,6 +26,8 @@ import argparse
 import hashlib
 import json
 import os
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -164,7 +168,24 @@ def digests(folder: Path, tree: Path) -> Found:
         "program": json.loads(document)["program"]["sha256"],
         **{f"constant {name}": digest(array) for name, array in constants.items()},
         **{f"accumulators of {name}": digest(a) for name, a in layer_outputs(model, tree).items()},
-        **{f"file {n}": sha256((folder / n).read_bytes()) for n in ("job.rq", "job.onnx")},
+        **rq_digests((folder / "job.rq").read_bytes()),
+        ".onnx": sha256((folder / "job.onnx").read_bytes()),
+    }
+
+
+def rq_digests(data: bytes) -> Found:
+    """A digest for each part of a .rq file; of the whole file, where it has another form."""
+    (length,) = struct.unpack("<Q", data[:8])
+    try:
+        metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+        tensors = json.loads(metadata["tensors_sha256"])
+        parts = json.loads(metadata["document"])
+    except (KeyError, ValueError):
+        return {".rq": sha256(data)}
+    texts = {key: json.dumps(flat(part)) for key, part in parts.items()}
+    return {
+        **{f".rq tensor {name}": value for name, value in tensors.items()},
+        **{f".rq {key}": sha256(text.encode()) for key, text in texts.items()},
     }
 
 
@@ -277,4 +298,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # A command that is stopped takes its checkouts away, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())
