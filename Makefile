@@ -4,7 +4,7 @@
 # make test-fast                the groups that take no long time, for between two edits
 # make coverage                 all tests, and which lines of rqtool/ they ran
 # make lint                     ruff and mypy, in the same environment
-# make format                   lays all Python files out as `make lint` asks for
+# make format                   lays all Python files out as `make lint` asks for, and lists the lines that stay too long
 # make count                    how many branches, long lines, nodes a line, ... the code has
 # make shades REF=commit        the same six jobs on that commit and on HEAD, and what differs
 # make bench                    times the kernels and writes docs/performance.md; on a quiet machine

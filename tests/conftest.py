@@ -34,7 +34,7 @@ GROUPS = {
     "test_experiments": "files",
     "test_export": "numerics slow",
     "test_finetune": "numerics slow",
-    "test_freeze": "numerics",
+    "test_freeze": "numerics slow",
     "test_golden": "numerics",
     "test_groups": "unit",
     "test_heap": "unit",
@@ -59,6 +59,7 @@ GROUPS = {
     "test_stages": "numerics slow",
     "test_state": "files slow",
     "test_storage": "files",
+    "test_wrap": "unit",
 }
 
 # Read when torch is first imported, here or in a command that a test starts: no import of torch only to set it.

@@ -1,4 +1,5 @@
-"""What `make count` counts, on small sources; the package itself is only read, no figure of it is fixed here."""
+"""What `make count` counts, on small sources; the package itself is only read, no figure of it is
+fixed here."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def count() -> ModuleType:
 
 @pytest.fixture
 def package(tmp_path: Path, count: ModuleType):
-    """package(name=text, ...) is the sources of a package `p` with these files; `_` stands for a slash."""
+    """package(name=text, ...) is the sources of a package `p` with these files; `_` stands for a
+    slash."""
 
     def made(**files: str) -> list:
         for name, text in files.items():
@@ -78,7 +80,11 @@ def test_what_decides_nothing_is_no_branch(count, package, line):
 
 
 def test_the_files_of_the_converter_may_decide(count, package):
-    found = package(hardware_adc="if m.ideal: pass", hardware_converter="if m.ideal: pass", a="\nif m.ideal: pass")
+    found = package(
+        hardware_adc="if m.ideal: pass",
+        hardware_converter="if m.ideal: pass",
+        a="\nif m.ideal: pass",
+    )
     assert [str(place) for place in count.branches(found)] == ["a.py:2: m.ideal"]
 
 
@@ -88,19 +94,26 @@ def test_a_decision_with_two_conditions_is_two_branches(count, package):
 
 def test_lines_are_counted_in_characters(count, package):
     found = package(a="x = 1\n" + "#" * 100 + "\n" + "#" * 101 + "\n" + "é" * 101)
-    assert [(p.line, p.text) for p in count.long_lines(found)] == [(3, "101 characters"), (4, "101 characters")]
+    assert [(p.line, p.text) for p in count.long_lines(found)] == [
+        (3, "101 characters"),
+        (4, "101 characters"),
+    ]
 
 
 def test_nodes_are_those_of_the_code(count, package):
-    """x = 1 is the assignment, the name and the constant; the module is one, and a docstring none."""
+    """x = 1 is the assignment, the name and the constant; the module is one, a docstring none."""
     (one,) = package(a="x = 1\n")
     assert count.density(one) == (4, 1)
-    (two,) = package(a='"""Words,\nand more."""\n\n# a comment\nx = 1\n\ny = (\n    x + 2  # here, too\n)\n')
+    (two,) = package(
+        a='"""Words,\nand more."""\n\n# a comment\nx = 1\n\ny = (\n    x + 2  # here, too\n)\n'
+    )
     assert count.density(two) == (4 + 6, 4)
 
 
 def test_the_median_leaves_small_files_out(count, package):
-    found = package(a="x = 1\n" * 10, b="x = f(1, 2)\n" * 10, c="x = f(1, 2, 3)\n" * 10, d="x = 1\n")
+    found = package(
+        a="x = 1\n" * 10, b="x = f(1, 2)\n" * 10, c="x = f(1, 2, 3)\n" * 10, d="x = 1\n"
+    )
     median, overall = count.nodes_a_line(found)
     assert median == 6.1 and overall == (31 + 61 + 71 + 4) / 31
 
@@ -120,7 +133,11 @@ def test_long_functions_without_their_docstrings(count, package):
 
 
 def test_public_names_without_a_docstring(count, package):
-    text = 'def f(): pass\ndef _g(): pass\ndef h():\n    "Words."\n    def inside(): pass\nclass A:\n    "Words."\n    def m(self): pass\n    def __len__(self): pass\n'
+    text = (
+        'def f(): pass\ndef _g(): pass\ndef h():\n    "Words."\n    def '
+        'inside(): pass\nclass A:\n    "Words."\n    def m(self): pass\n    '
+        "def __len__(self): pass\n"
+    )
     assert [p.text for p in count.undocumented(package(a=text, _b=text))] == ["f", "A.m"]
 
 
@@ -148,13 +165,22 @@ def test_no_circle_is_no_circle(count, package):
 
 def test_a_tool_that_is_not_installed_has_no_figure(count):
     assert count.findings("no_such_tool_here", [], "") is None
-    lines = dict(line.rsplit("  ", 1) for line in count.table(count.figures([]), {"mypy": None, "ruff": 3}).splitlines())
-    assert [v.strip() for k, v in lines.items() if "mypy" in k or "ruff" in k] == ["not installed", "3"]
+    lines = dict(
+        line.rsplit("  ", 1)
+        for line in count.table(count.figures([]), {"mypy": None, "ruff": 3}).splitlines()
+    )
+    assert [v.strip() for k, v in lines.items() if "mypy" in k or "ruff" in k] == [
+        "not installed",
+        "3",
+    ]
 
 
 def test_the_command_lists_the_places_of_a_figure():
     command = [sys.executable, "tools/count.py", "--list", "circles"]
-    assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stderr == ""
+    assert (
+        subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stderr
+        == ""
+    )
 
 
 def test_the_figures_of_the_package(count):

@@ -1,4 +1,5 @@
-"""The groups of tests: every file is in one, the names are those of pyproject.toml, and -m chooses by them."""
+"""The groups of tests: every file is in one, the names are those of pyproject.toml, and -m chooses
+by them."""
 
 from __future__ import annotations
 

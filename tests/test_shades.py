@@ -1,4 +1,5 @@
-"""`make shades`, and tools/lowest.py: what is compared, what counts as a difference, and one small job on one commit twice."""
+"""`make shades`, and tools/lowest.py: what is compared, what counts as a difference, and one small
+job on one commit twice."""
 
 from __future__ import annotations
 
@@ -46,7 +47,10 @@ def test_doctests_of_the_tools(name):
 
 
 def test_figures_without_seconds(shades):
-    assert shades.flat({"a": {"seconds": 1, "b": [1.5, {"c": None}]}, "d": []}) == {"a.b.0": 1.5, "a.b.1.c": None}
+    assert shades.flat({"a": {"seconds": 1, "b": [1.5, {"c": None}]}, "d": []}) == {
+        "a.b.0": 1.5,
+        "a.b.1.c": None,
+    }
 
 
 def test_equal_values_are_no_difference(shades):
@@ -70,7 +74,9 @@ def test_seconds_do_not_count_in_a_checkpoint(shades, tmp_path):
     def digests(seconds: float, top1: float) -> dict:
         path = tmp_path / "job.rq"
         tensors = {"program/a": np.arange(3, dtype=np.int8)}
-        save_tensors(path, tensors, {"tool": "x", "results": {"top1": top1, "seconds": seconds}}, force=True)
+        save_tensors(
+            path, tensors, {"tool": "x", "results": {"top1": top1, "seconds": seconds}}, force=True
+        )
         return shades.rq_digests(path.read_bytes())
 
     first = digests(1.0, 90.0)
@@ -92,15 +98,24 @@ def test_a_job_that_stops_is_compared_by_its_last_message(shades, tmp_path, monk
     monkeypatch.setitem(shades.JOBS, "wrong", ["--wl", "0"])
     found = shades.results(shades.Job("wrong", 1, 0), REPOSITORY, tmp_path / "run")
     assert found.keys() == {"stopped"}
-    assert found["stopped"].startswith("exit code 2: ") and "--wl must be a whole number" in found["stopped"]
+    assert (
+        found["stopped"].startswith("exit code 2: ")
+        and "--wl must be a whole number" in found["stopped"]
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ([], "no commit to compare with; use make shades REF=commit"),
-        (["no-such-commit"], "'no-such-commit' is no commit of this repository; see `git log --oneline`"),
-        (["HEAD", "--jobs", "x"], "'x' is no job; use some of default, nthu-2019, free, split, bit-serial, spread"),
+        (
+            ["no-such-commit"],
+            "'no-such-commit' is no commit of this repository; see `git log --oneline`",
+        ),
+        (
+            ["HEAD", "--jobs", "x"],
+            "'x' is no job; use some of default, nthu-2019, free, split, bit-serial, spread",
+        ),
         (["HEAD", "--threads", "0"], "--threads '0' is no number of threads; use 1, 2 or 1,2"),
     ],
 )
@@ -111,7 +126,17 @@ def test_what_cannot_be_compared_is_one_sentence(shades, in_git, capsys, argumen
 
 @pytest.mark.slow
 def test_one_commit_does_not_differ_from_itself(in_git):
-    command = [sys.executable, "tools/shades.py", "HEAD", "--jobs", "default", "--threads", "1", "--epochs", "0"]
+    command = [
+        sys.executable,
+        "tools/shades.py",
+        "HEAD",
+        "--jobs",
+        "default",
+        "--threads",
+        "1",
+        "--epochs",
+        "0",
+    ]
     ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     head, job, end = ran.stdout.splitlines()

@@ -118,16 +118,21 @@ def branches(found: list[Source]) -> list[Place]:
 def decisions(source: Source) -> Iterator[ast.AST]:
     conditions = {id(c) for node in source.nodes for c in conditions_of(node)}
     for node in source.nodes:
-        if compares_kind(node) or asks_for_class(node) or table_of_kinds(node):
-            yield node
-        elif id(node) in conditions and last_name(node) in CONDITIONS:
+        if (
+            compares_kind(node)
+            or asks_for_class(node)
+            or table_of_kinds(node)
+            or (id(node) in conditions and last_name(node) in CONDITIONS)
+        ):
             yield node
 
 
 def conditions_of(node: ast.AST) -> list[ast.expr]:
     """The expressions below a node that are used as true or false."""
     match node:
-        case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test) | ast.Assert(test=test):
+        case (
+            ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test) | ast.Assert(test=test)
+        ):
             return [test]
         case ast.BoolOp(values=values):
             return values
@@ -212,7 +217,9 @@ def density(source: Source) -> tuple[int, int]:
     """(syntax nodes, lines of code) of a file."""
     texts = [text for node in source.nodes if (text := documented(node))]
     left_out = {id(node) for text in texts for node in ast.walk(text)}
-    counted = [n for n in source.nodes if not isinstance(n, ast.expr_context) and id(n) not in left_out]
+    counted = [
+        n for n in source.nodes if not isinstance(n, ast.expr_context) and id(n) not in left_out
+    ]
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
         if token.type not in NO_CODE and token.type != tokenize.ENDMARKER:
@@ -313,7 +320,7 @@ def imports(source: Source, modules: set[str]) -> set[str]:
 
 
 def absolute(source: Source, node: ast.ImportFrom) -> str:
-    """The dotted name that `from ... import` starts from; dots count from the file's own package."""
+    """The dotted name that `from ... import` starts from; dots count from the own package."""
     if not node.level:
         return node.module or ""
     package = source.path.endswith("__init__.py")
@@ -328,7 +335,9 @@ def circles(found: list[Source]) -> list[Place]:
     needs = {name: imports(source, set(modules)) for name, source in modules.items()}
     reached = {name: reach(name, needs) for name in needs}
     groups = {frozenset(m for m in reached[n] if n in reached[m]) for n in needs if n in reached[n]}
-    return [Place(modules[min(g)].path, 1, " <-> ".join(sorted(g))) for g in sorted(groups, key=min)]
+    return [
+        Place(modules[min(g)].path, 1, " <-> ".join(sorted(g))) for g in sorted(groups, key=min)
+    ]
 
 
 def reach(name: str, needs: dict[str, set[str]]) -> set[str]:

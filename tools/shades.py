@@ -190,7 +190,7 @@ def rq_digests(data: bytes) -> Found:
 
 
 def layer_outputs(model: onnx.ModelProto, tree: Path) -> dict[str, np.ndarray]:
-    """What each node with reads gives on the first test images of the demonstration, by its name."""
+    """What each node with reads gives on the first test images of the demo, by its name."""
     nodes = {n.name: n.output[0] for n in model.graph.node if n.domain == OPERATORS}
     shown = {o.name for o in model.graph.output}
     for output in nodes.values():
