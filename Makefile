@@ -9,7 +9,7 @@
 # make shades REF=commit        the same six jobs on that commit and on HEAD, and what differs
 # make bench                    times the kernels and writes docs/performance.md; on a quiet machine
 # make bench-peers              the same layer through other tools, in an environment of their own
-# make experiments SHARED=dir    data and weights for docs/results.md; see examples/experiments.py
+# make experiments SHARED=dir    data and weights for docs/results.md; see tools/experiments.py
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -43,6 +43,8 @@ lint: .venv/linters
 format: .venv/linters
 	$(BIN)/python -m ruff check --fix --exit-zero $(FORMATTED)
 	$(BIN)/python -m ruff format $(FORMATTED)
+	$(BIN)/python tools/wrap.py $(FORMATTED)
+	$(BIN)/python -m ruff format $(FORMATTED)
 
 count: venv
 	$(BIN)/python tools/count.py
@@ -51,13 +53,13 @@ shades: venv
 	$(BIN)/python tools/shades.py $(REF)
 
 bench: venv
-	$(BIN)/python examples/bench.py
+	$(BIN)/python tools/bench.py
 
 bench-peers: .venv-peers/installed
-	.venv-peers/bin/python examples/bench_peers.py
+	.venv-peers/bin/python tools/bench_peers.py
 
 experiments: venv
-	$(BIN)/python examples/experiments.py --shared $(SHARED)
+	$(BIN)/python tools/experiments.py --shared $(SHARED)
 
 venv: .venv/installed
 

@@ -31,6 +31,7 @@ GROUPS = {
     "test_diagnose": "numerics slow",
     "test_distill": "numerics slow",
     "test_docs": "files slow",
+    "test_examples": "files slow",
     "test_experiments": "files",
     "test_export": "numerics slow",
     "test_finetune": "numerics slow",

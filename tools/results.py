@@ -1,6 +1,6 @@
-"""docs/results.md and its plots, from the rows that examples/experiments.py has finished.
+"""docs/results.md and its plots, from the rows that tools/experiments.py has finished.
 
-    python examples/results.py [--rows docs/results] [--docs docs]
+    python tools/results.py [--rows docs/results] [--docs docs]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rqtool.storage import write_atomic
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEAD = f"""# Results
 
-Written by `make experiments` (examples/experiments.py and examples/results.py) from the rows in docs/results/, a file for each run. top-1 in
+Written by `make experiments` (tools/experiments.py and tools/results.py) from the rows in docs/results/, a file for each run. top-1 in
 percent on the test images (10,000 in every data set), by the integer program; ± is half the range over the runs, one for each seed 0, 1, ...
 No layer is kept off the macro, reads are signed. Selection is on held-out training images. The ideal-ADC twin starts from the same weights
 and is trained for as many epochs with the same seed; the loss is twin minus fine-tuned, in points. "Agreement" is the smallest share of test
