@@ -1,4 +1,4 @@
-"""What all tests share: real data that may be absent, deterministic hypothesis, two threads or one."""
+"""What all tests share: groups, real data that may be absent, deterministic hypothesis, two threads or one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,67 @@ from rqtool.cli.main import sleep_soon
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"  # real data and real weights, too large to keep here
 
+# The groups of each file; pyproject.toml says what they mean. `slow` comes beside another group.
+GROUPS = {
+    "test_adc": "numerics",
+    "test_api": "files slow",
+    "test_audit": "unit",
+    "test_augment": "unit",
+    "test_bench": "unit slow",
+    "test_calibrate": "numerics slow",
+    "test_capture": "unit",
+    "test_cli": "files slow",
+    "test_cli_docs": "files slow",
+    "test_count": "unit",
+    "test_data": "files",
+    "test_diagnose": "numerics slow",
+    "test_distill": "numerics slow",
+    "test_docs": "files slow",
+    "test_examples": "files slow",
+    "test_experiments": "files",
+    "test_export": "numerics slow",
+    "test_finetune": "numerics slow",
+    "test_freeze": "numerics slow",
+    "test_golden": "numerics",
+    "test_groups": "unit",
+    "test_heap": "unit",
+    "test_house": "unit",
+    "test_kernels": "numerics slow",
+    "test_load": "files",
+    "test_macro": "unit",
+    "test_onnx_adc": "numerics slow",
+    "test_plan": "unit",
+    "test_planes": "numerics",
+    "test_prove": "numerics slow",
+    "test_quantizers": "numerics",
+    "test_reads": "numerics slow",
+    "test_real": "numerics slow",
+    "test_relax": "numerics",
+    "test_report": "unit",
+    "test_run": "numerics slow",
+    "test_served": "numerics slow",
+    "test_shades": "files",
+    "test_soft": "numerics slow",
+    "test_spread": "numerics slow",
+    "test_stages": "numerics slow",
+    "test_state": "files slow",
+    "test_storage": "files",
+    "test_wrap": "unit",
+}
+
 # Read when torch is first imported, here or in a command that a test starts: no import of torch only to set it.
 os.environ["OMP_NUM_THREADS"] = "2"
 sleep_soon()
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks every test with the groups of its file."""
+    for item in items:
+        for group in GROUPS.get(item.path.stem, "").split():
+            item.add_marker(group)
 
 
 def _shared(folder: str, name: str) -> Path:

@@ -17,7 +17,7 @@ from rqtool.kernels import cpu
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "examples" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up, and bench_peers imports bench
     spec.loader.exec_module(module)

@@ -54,7 +54,7 @@ def test_the_exit_codes_are_those_of_the_errors():
 
 
 def test_refreshing_a_document_changes_outputs_only(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "examples")
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
     monkeypatch.delitem(sys.modules, "refresh_docs", raising=False)
     import refresh_docs
 

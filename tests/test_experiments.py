@@ -23,10 +23,10 @@ from rqtool.train.finetune import Recipe
 
 @pytest.fixture(scope="module")
 def experiments() -> Iterator[ModuleType]:
-    """examples/experiments.py as a module, with jobs, results and lines beside it."""
-    sys.path.insert(0, str(REPOSITORY / "examples"))
+    """tools/experiments.py as a module, with jobs, results and lines beside it."""
+    sys.path.insert(0, str(REPOSITORY / "tools"))
     yield importlib.import_module("experiments")
-    sys.path.remove(str(REPOSITORY / "examples"))
+    sys.path.remove(str(REPOSITORY / "tools"))
 
 
 def result(tuned: float, ideal: float, agreement: float, commit: str = "abc1234", **recipe: object) -> dict:

@@ -191,7 +191,7 @@ def test_the_environment_is_read_by_the_command_line_only():
 
 def sources() -> list[Path]:
     """Every text file of the project that a person reads."""
-    named = [p for folder in ("rqtool", "tests", "docs", "examples") for p in (REPOSITORY / folder).rglob("*") if p.suffix in (".py", ".md", ".toml")]
+    named = [p for folder in ("rqtool", "tests", "docs", "examples", "tools") for p in (REPOSITORY / folder).rglob("*") if p.suffix in (".py", ".md", ".toml")]
     return [p for p in [*named, REPOSITORY / "README.md", REPOSITORY / "Makefile", REPOSITORY / "pyproject.toml", REPOSITORY / ".ci" / "run"] if p.exists()]
 
 

@@ -30,7 +30,7 @@ def reference_models_importable(shared_model: Callable[[str], Path], monkeypatch
 
 @pytest.fixture(scope="module")
 def experiments() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("experiments_for_real", REPOSITORY / "examples" / "experiments.py")
+    spec = importlib.util.spec_from_file_location("experiments_for_real", REPOSITORY / "tools" / "experiments.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["experiments_for_real"] = module
     spec.loader.exec_module(module)

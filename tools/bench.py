@@ -1,6 +1,6 @@
 """Time the fused reads against the float convolutions they replace, and write docs/performance.md.
 
-    python examples/bench.py [--only GROUP ...] [--repeats 9] [--json build/bench.json] [--report docs/performance.md]
+    python tools/bench.py [--only GROUP ...] [--repeats 9] [--json build/bench.json] [--report docs/performance.md]
 
 Every figure is a ratio in one process: each repeat runs all forms of a group in turn, the yardstick among them; what is shown is the median of a
 form's times over the median of the yardstick's, after two repeats that warm up. Run it while nothing else is running.
@@ -372,7 +372,7 @@ def report(result: dict) -> str:
     m = result["machine"]
     lines = [
         "# Performance", "",
-        f"Written by `make bench` (examples/bench.py) on {m['processor']}, {m['cores']} cores, torch {m['torch']}, Python {m['python']}; 8-bit dot products: {'yes' if m['dot8'] else 'no'}.",
+        f"Written by `make bench` (tools/bench.py) on {m['processor']}, {m['cores']} cores, torch {m['torch']}, Python {m['python']}; 8-bit dot products: {'yes' if m['dot8'] else 'no'}.",
         f"Ratios of medians of {result['repeats']} runs, all forms of a table in turn in one process. Forms are exact: their codes are the ADC's own to the last one.", "",
     ]  # fmt: skip
     for name, (_, _, title) in GROUPS.items():

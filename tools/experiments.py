@@ -1,13 +1,13 @@
 """Run the experiments behind docs/results.md: one row a job and seed, resumable, each finished row kept.
 
-    python examples/experiments.py --shared DIR [--only PATTERN ...] [--seeds 3] [--jobs N] [--threads N] [--rows DIR]
-    python examples/experiments.py --list [--only PATTERN ...]
+    python tools/experiments.py --shared DIR [--only PATTERN ...] [--seeds 3] [--jobs N] [--threads N] [--rows DIR]
+    python tools/experiments.py --list [--only PATTERN ...]
 
 DIR holds data/mnist.npz, data/fashion_mnist.npz, data/cifar10_jpeg75.npz, models/reference_models.py and the weights beside it. PATTERNs
 name jobs as a shell names files ("mnist-*"). A finished row is a JSON file in --rows (default docs/results) named after job and seed, with the
 sentence of rqtool's error where it would not do the job; delete it to run the job again. Every job is one call of rqtool.quantize. The
 ideal-ADC twin is trained equally long from the same seed; jobs that differ only in the ADC have the same twin, which is then trained once. --jobs seeds run side by side, each on --threads threads. At the end
-docs/results.md and its plots are written from all rows there are (examples/results.py).
+docs/results.md and its plots are written from all rows there are (tools/results.py).
 """
 
 from __future__ import annotations

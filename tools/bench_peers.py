@@ -1,6 +1,6 @@
 """Time public ways to simulate the same reads, beside rqtool's kernels and F.conv2d: `make bench-peers`.
 
-    python examples/bench_peers.py [--repeats 7] [--report docs/performance-peers.md]
+    python tools/bench_peers.py [--repeats 7] [--report docs/performance-peers.md]
 
 The layer is 64 -> 64 channels, 3x3, 16x16, batch 16. The two plain torch forms compute rqtool's codes (this is checked); aihwkit-lightning is set
 to tiles of as many rows and an ADC of as many steps, its own arithmetic otherwise. It is installed in an environment of its own.
@@ -125,7 +125,7 @@ def main() -> None:
         print("\n".join(lines[-len(rows) - 6 :]), flush=True)
     head = [
         "# Beside other tools", "",
-        f"Written by `make bench-peers` (examples/bench_peers.py) on {m['processor']}, {m['cores']} cores, torch {m['torch']}. One layer: 64 -> 64 channels, 3x3, 16x16, batch {BATCH},",
+        f"Written by `make bench-peers` (tools/bench_peers.py) on {m['processor']}, {m['cores']} cores, torch {m['torch']}. One layer: 64 -> 64 channels, 3x3, 16x16, batch {BATCH},",
         f"4/4 bits, 4-bit ADC; ratios of medians of {args.repeats} runs, all forms in turn in one process. The plain torch forms give rqtool's codes; {PEER} has as many rows",
         "a tile and ADC steps, with its own arithmetic.", "",
     ]  # fmt: skip

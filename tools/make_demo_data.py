@@ -1,6 +1,6 @@
 """Write the embedded data set: a balanced part of Fashion-MNIST, 400 training and 100 test images of each class.
 
-    python examples/make_demo_data.py fashion_mnist.npz rqtool/demo/fashion.npz
+    python tools/make_demo_data.py fashion_mnist.npz rqtool/demo/fashion.npz
 
 The first argument is anything `rqtool` reads as data and that holds the official training and test images. The same source gives
 the same bytes.

@@ -1,4 +1,4 @@
-"""The jobs behind docs/results.md: a network, its data, a macro and a recipe each; examples/experiments.py runs them."""
+"""The jobs behind docs/results.md: a network, its data, a macro and a recipe each; tools/experiments.py runs them."""
 
 from __future__ import annotations
 

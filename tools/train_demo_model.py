@@ -1,6 +1,6 @@
 """Train the float network of the demonstration on all 60,000 training images of Fashion-MNIST.
 
-    python examples/train_demo_model.py fashion_mnist.npz rqtool/demo/demo.safetensors
+    python tools/train_demo_model.py fashion_mnist.npz rqtool/demo/demo.safetensors
 
 Stochastic gradient descent with momentum, one cycle of the learning rate, mirrored and shifted images. The last epoch is the one that
 is kept: the test images decide nothing and are measured once, at the end. The same threads on the same machine give the same weights.

@@ -1,6 +1,6 @@
-"""docs/results.md and its plots, from the rows that examples/experiments.py has finished.
+"""docs/results.md and its plots, from the rows that tools/experiments.py has finished.
 
-    python examples/results.py [--rows docs/results] [--docs docs]
+    python tools/results.py [--rows docs/results] [--docs docs]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import other_table
 DOCS = ROOT / "docs"
 HEAD = f"""# Results
 
-Written by `make experiments` (examples/experiments.py and examples/results.py) from the rows in docs/results/, a file for each run. top-1 in
+Written by `make experiments` (tools/experiments.py and tools/results.py) from the rows in docs/results/, a file for each run. top-1 in
 percent on the test images (10,000 in every data set), by the integer program; ± is half the range over the runs, one for each seed 0, 1, ...
 The loss is a mean over the runs, in points, beside its "error over seeds" (the standard error of that mean, sd / sqrt(runs)) and its "paired error"
 (the standard error of one run's loss, because of the images: twin and network see the same ones; the mean over the runs, and a dash where rows were

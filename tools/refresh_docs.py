@@ -1,6 +1,6 @@
 """Run every rqtool command that Markdown files show in console blocks, and put its real output below it.
 
-    python examples/refresh_docs.py README.md docs/cli.md
+    python tools/refresh_docs.py README.md docs/cli.md
 
 The commands of one file run in its order, in one empty folder. Only stdout is shown. Lines that do not begin with "$ rqtool" stay.
 """

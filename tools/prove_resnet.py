@@ -1,8 +1,8 @@
 """Prove the exported ResNet-20 on CIFAR-10 images: every integer of every tensor, in torch and in onnxruntime, equals the definition.
 
-    python examples/prove_resnet.py --shared DIR [--images 200] [--train 2000] [--pack rows] [--threads N] [--folder build/prove]
+    python tools/prove_resnet.py --shared DIR [--images 200] [--train 2000] [--pack rows] [--threads N] [--folder build/prove]
 
-DIR is the one of examples/experiments.py. The network is calibrated on --train training images, not fine-tuned, saved as resnet20.rq and
+DIR is the one of tools/experiments.py. The network is calibrated on --train training images, not fine-tuned, saved as resnet20.rq and
 exported as resnet20.onnx in --folder, both replaced. The proof runs every optimisation level and batches of 1, 2, 5 and 64 over
 --images test images; agreement with the network in floating point is counted on the same images. Exits with an error at the first
 integer that differs.
