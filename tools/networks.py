@@ -3,7 +3,7 @@
     python tools/networks.py --shared DIR --cache DIR [--only PATTERN ...] [--seed 0]
     python tools/networks.py --list
 
-DIR of --shared holds data/ and models/ as for examples/experiments.py. Each network is trained from
+DIR of --shared holds data/ and models/ as for tools/experiments.py. Each network is trained from
 scratch on one thread in at most 90 seconds, or read where its weights are among the shared models.
 Weights and data sets are kept in --cache; `load` needs nothing else. A network NAME with batch norm
 has a twin NAME-folded: the same function, with each batch norm folded into the layer before it.

@@ -10,7 +10,7 @@ with PYTHONPATH=ITS_CHECKOUT; only the bits of the ADC, the epochs and the seed 
 draws the training images, too. The job with an ideal ADC is the twin of the other jobs of its network
 and seed; --paired trains a twin in each job instead, for the paired standard error where rqtool gives
 one. Finished rows are JSON files in --rows (default docs/results) and are not run again. Each job
-runs on one thread, --jobs networks side by side. examples/results.py writes the tables.
+runs on one thread, --jobs networks side by side. tools/results.py writes the tables.
 """
 
 from __future__ import annotations
