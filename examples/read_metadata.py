@@ -1,10 +1,12 @@
-"""Reads an exported file with nothing but onnx and numpy, and computes every code of a layer from its metadata.
+"""Reads an exported file with nothing but onnx and numpy, and computes every code of a layer from
+its metadata.
 
     python examples/read_metadata.py model.onnx                       one line per layer
     python examples/read_metadata.py model.onnx conv1 codes.npy       accumulators of layer conv1, saved as conv1.acc.npy
                                                                       codes.npy: uint8 [N, C, H, W] input codes of the layer
 
-docs/metadata.md explains the fields. This file does not import rqtool on purpose: it is how a compiler or a test bench would start.
+docs/metadata.md explains the fields. This file does not import rqtool on purpose: it is how a
+compiler or a test bench would start.
 """
 
 from __future__ import annotations
@@ -31,26 +33,40 @@ def tensors(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 def patches(layer: dict, codes: np.ndarray) -> np.ndarray:
-    """int64 [N, groups, channels of a group, ky, kx, H_out, W_out]: the input code of every row, at every position."""
+    """int64 [N, groups, channels of a group, ky, kx, H_out, W_out]: the input code of every row, at
+    every position."""
     g = layer["geometry"]
     (kh, kw), (sh, sw), (dh, dw) = g["kernel"], g["stride"], g["dilation"]
     edges = [(0, 0), (0, 0), *((p, p) for p in g["padding"])]
     padded = np.pad(codes.astype(np.int64), edges, constant_values=layer["input"]["zero"])
-    windows = np.lib.stride_tricks.sliding_window_view(padded, ((kh - 1) * dh + 1, (kw - 1) * dw + 1), axis=(2, 3))
+    windows = np.lib.stride_tricks.sliding_window_view(
+        padded, ((kh - 1) * dh + 1, (kw - 1) * dw + 1), axis=(2, 3)
+    )
     windows = windows[:, :, ::sh, ::sw, ::dh, ::dw]  # [N, C, H_out, W_out, ky, kx]
     n, channels, height, width = windows.shape[:4]
     split = windows.reshape(n, g["groups"], channels // g["groups"], height, width, kh, kw)
     return split.transpose(0, 1, 2, 5, 6, 3, 4)
 
 
-def reads(layer: dict, constants: dict[str, np.ndarray], codes: np.ndarray) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
-    """(entry, partial sums, ADC codes) of every read; the arrays are int64 [N, columns, H_out, W_out]."""
+def reads(
+    layer: dict, constants: dict[str, np.ndarray], codes: np.ndarray
+) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
+    """(entry, partial sums, ADC codes) of every read; the arrays are int64 [N, columns, H_out,
+    W_out]."""
     g, weight, steps = layer["geometry"], layer["weight"], layer["input"]["planes"]
-    taken = layer["rows"]["taken"]  # the row at each place, where rows are not in order; then each place counts as a channel
+    taken = layer["rows"][
+        "taken"
+    ]  # the row at each place, where rows are not in order; then each place counts as a channel
     kernel = g["kernel"][0] * g["kernel"][1] if taken is None else 1
     columns = layer["columns"] // g["groups"]
     cells = constants[weight["tensor"]].astype(np.int64) - weight["zero_point"]
-    cells = cells.reshape(g["groups"], len(weight["first_channel"]), len(weight["planes"]["factor"]), columns, weight["span"] * kernel)
+    cells = cells.reshape(
+        g["groups"],
+        len(weight["first_channel"]),
+        len(weight["planes"]["factor"]),
+        columns,
+        weight["span"] * kernel,
+    )
     rows = patches(layer, codes)
     rows = rows.reshape(*rows.shape[:2], -1, *rows.shape[-2:])  # [N, groups, K, H_out, W_out]
     rows = rows if taken is None else rows[:, :, taken]
@@ -58,9 +74,17 @@ def reads(layer: dict, constants: dict[str, np.ndarray], codes: np.ndarray) -> I
     for values in zip(*layer["reads"].values()):
         entry = dict(zip(names, values))
         first_row = weight["first_channel"][entry["tile"]] * kernel
-        held = cells[entry["group"], entry["tile"], entry["plane"], :, entry["row_start"] - first_row : entry["row_stop"] - first_row]
+        held = cells[
+            entry["group"],
+            entry["tile"],
+            entry["plane"],
+            :,
+            entry["row_start"] - first_row : entry["row_stop"] - first_row,
+        ]
         driven = rows[:, entry["group"], entry["row_start"] : entry["row_stop"]]
-        driven = driven // 2 ** steps["shift"][entry["serial"]] % 2 ** steps["bits"][entry["serial"]]
+        driven = (
+            driven // 2 ** steps["shift"][entry["serial"]] % 2 ** steps["bits"][entry["serial"]]
+        )
         p = np.tensordot(held, driven, (1, 1)).swapaxes(0, 1)
         yield entry, p, adc_codes(layer["adc"], entry, p)
 
@@ -80,7 +104,9 @@ def adc_codes(adc: dict, entry: dict, p: np.ndarray) -> np.ndarray:
         columns = per_column([adc["thresholds"]], entry)
     else:
         columns = [adc["steps"]["thresholds"][n] for n in per_column(adc["step_of"], entry)]
-    return np.stack([np.searchsorted(t, p[:, c], side="right") for c, t in enumerate(columns)], axis=1)
+    return np.stack(
+        [np.searchsorted(t, p[:, c], side="right") for c, t in enumerate(columns)], axis=1
+    )
 
 
 def read_values(adc: dict, entry: dict, codes: np.ndarray) -> np.ndarray:
@@ -99,7 +125,9 @@ def accumulators(layer: dict, constants: dict[str, np.ndarray], codes: np.ndarra
     parts: dict[int, np.ndarray] = {}
     for entry, _, code in reads(layer, constants, codes):
         group = entry["group"]
-        parts[group] = parts.get(group, 0) + entry["factor"] * read_values(layer["adc"], entry, code)
+        parts[group] = parts.get(group, 0) + entry["factor"] * read_values(
+            layer["adc"], entry, code
+        )
     return np.concatenate([parts[group] for group in sorted(parts)], axis=1)
 
 

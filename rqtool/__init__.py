@@ -1,4 +1,5 @@
-"""rqtool compresses trained networks for ReRAM computing-in-memory chips, with the ADC of every read in the arithmetic.
+"""rqtool compresses trained networks for ReRAM computing-in-memory chips, with the ADC of every
+read in the arithmetic.
 
     import rqtool
     result = rqtool.quantize("model.pt", "mnist.npz", arch="package.module:factory", out="model.rq")

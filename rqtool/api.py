@@ -11,11 +11,13 @@
     operations    what of a model is understood, and what an integer program is made of
     run_demo      the whole job on an embedded model and data set
 
-`presets` is in hardware/macro.py and `doctor` in report/doctor.py: they need no model, so they need no torch.
+`presets` is in hardware/macro.py and `doctor` in report/doctor.py: they need no model, so they need
+no torch.
 
-Results are dataclasses of plain data with `to_json()`. A `progress` has a method `stage(name, total)`: a context manager that
-gives a function to call with the number of units done and a note. Where it has a method `warn(sentence)` too, that is called with
-each warning as soon as there is one; results keep them all in `warnings`.
+Results are dataclasses of plain data with `to_json()`. A `progress` has a method `stage(name,
+total)`: a context manager that gives a function to call with the number of units done and a note.
+Where it has a method `warn(sentence)` too, that is called with each warning as soon as there is
+one; results keep them all in `warnings`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,21 @@ from rqtool.jobs.tune import quantize, train_more
 from rqtool.train.diagnose import Diagnosis
 
 __all__ = [
-    "quantize", "train_more", "evaluate", "diagnose", "export_onnx", "plan", "inspect", "verify", "operations", "run_demo",
-    "Quantized", "Trained", "Evaluated", "Diagnosis", "Exported", "Planned", "Demo",
+    "Demo",
+    "Diagnosis",
+    "Evaluated",
+    "Exported",
+    "Planned",
+    "Quantized",
+    "Trained",
+    "diagnose",
+    "evaluate",
+    "export_onnx",
+    "inspect",
+    "operations",
+    "plan",
+    "quantize",
+    "run_demo",
+    "train_more",
+    "verify",
 ]  # fmt: skip

@@ -1,8 +1,9 @@
-"""The .rq file: a network, its integer program and everything said about them, in one safetensors file. No pickle.
+"""The .rq file: a network, its integer program and everything said about them, in one safetensors
+file. No pickle.
 
-    tensors   program/NAME    integer constants of the program
-              network/NAME    the trained network's parameters and buffers, so that training and re-freezing can go on
-    document  tool, macro, program, graph, peaks, preprocess, classes, recipe, results
+tensors   program/NAME    integer constants of the program
+          network/NAME    the trained network's parameters and buffers, so that training and re-freezing can go on
+document  tool, macro, program, graph, peaks, preprocess, classes, recipe, results
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from rqtool.train.rewrite import column_norm
 
 @dataclass
 class Checkpoint:
-    """What a .rq file holds. peaks: the largest magnitude of each value of the graph on calibration images (grids come from it);
-    results: the closing figures of `quantize`, as JSON data."""
+    """What a .rq file holds. peaks: the largest magnitude of each value of the graph on calibration
+    images (grids come from it); results: the closing figures of `quantize`, as JSON data."""
 
     macro: Macro
     network: Network
@@ -44,13 +45,16 @@ class Checkpoint:
     results: dict[str, Any]
 
     def save(self, path: str | Path, force: bool = False) -> None:
-        """Write atomically. Raises ConfigError where the file exists and force is off, StorageError where it cannot be written."""
+        """Write atomically. Raises ConfigError where the file exists and force is off, StorageError
+        where it cannot be written."""
         document = {
             "tool": f"rqtool {__version__}", "macro": self.macro.to_dict(), "program": self.program.to_json(), "graph": self.network.graph.to_json(),
             "peaks": self.peaks, "preprocess": self.preprocess.to_dict(), "classes": self.classes, "recipe": self.recipe, "results": self.results,
         }  # fmt: skip
         tensors = {f"program/{name}": a for name, a in self.program.constants.items()}
-        tensors |= {f"network/{name}": t.detach().numpy() for name, t in self.network.state_dict().items()}
+        tensors |= {
+            f"network/{name}": t.detach().numpy() for name, t in self.network.state_dict().items()
+        }
         save_tensors(path, tensors, document, force)
 
 
@@ -61,35 +65,63 @@ def load(path: str | Path) -> Checkpoint:
         return _build(tensors, document)
     except InputError as e:
         raise InputError(f"{escaped(path)}: {e}") from e
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, RqError) as e:
-        raise InputError(f"{escaped(path)}: its parts do not fit together ({escaped(e)}); make the file again") from e
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        RqError,
+    ) as e:
+        raise InputError(
+            f"{escaped(path)}: its parts do not fit together ({escaped(e)}); make the file again"
+        ) from e
 
 
 def _build(tensors: dict[str, np.ndarray], document: dict[str, Any]) -> Checkpoint:
     if "kind" in document:
-        raise InputError(f"holds a {escaped(document['kind'])} (--state); give the .rq file that was written at the end")
+        raise InputError(
+            f"holds a {escaped(document['kind'])} (--state); give the .rq file "
+            "that was written at the end"
+        )
     parts: dict[str, dict[str, np.ndarray]] = {"program": {}, "network": {}}
     for name, array in tensors.items():
         room, _, rest = name.partition("/")
         parts[room][rest] = array
     macro, graph = Macro(**document["macro"]), Graph.from_json(document["graph"])
-    network = build_network(graph, macro, {name: torch.from_numpy(np.array(a)) for name, a in parts["network"].items()})
-    program = Program.from_json(document["program"], _with_rows(document["program"], parts["program"]))
+    network = build_network(
+        graph, macro, {name: torch.from_numpy(np.array(a)) for name, a in parts["network"].items()}
+    )
+    program = Program.from_json(
+        document["program"], _with_rows(document["program"], parts["program"])
+    )
     prove(program)
     _check_network(graph, program)
     return Checkpoint(
-        macro, network, program, document["peaks"], Preprocess.from_dict(document["preprocess"]), document["classes"], document["recipe"], document["results"]
+        macro,
+        network,
+        program,
+        document["peaks"],
+        Preprocess.from_dict(document["preprocess"]),
+        document["classes"],
+        document["recipe"],
+        document["results"],
     )
 
 
 def _with_rows(program: dict[str, Any], constants: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The constants of a program; a file from before columns had thresholds of their own has them without the axis of the columns."""
+    """The constants of a program; a file from before columns had thresholds of their own has them
+    without the axis of the columns."""
     names = {op["consts"]["thresholds"] for op in program["ops"] if "thresholds" in op["consts"]}
-    return {name: np.atleast_2d(array) if name in names else array for name, array in constants.items()}
+    return {
+        name: np.atleast_2d(array) if name in names else array for name, array in constants.items()
+    }
 
 
 def _check_network(graph: Graph, program: Program) -> None:
-    """Refuse a graph whose layers or shapes are not the program's: what `plan` and re-freezing would read from it."""
+    """Refuse a graph whose layers or shapes are not the program's: what `plan` and re-freezing
+    would read from it."""
     try:
         layers = {node.name: geometry(node.attrs["geometry"]) for node in graph.convs()}
         for node in graph.nodes:
@@ -98,12 +130,17 @@ def _check_network(graph: Graph, program: Program) -> None:
         raise InputError(f"the network is broken: {escaped(e)}; make the file again") from e
     reads = {op.attrs["layer"]: geometry(op.attrs["geometry"]) for op in program.reads()}
     if layers != reads or tuple(graph.input_shape) != program.tensors[program.input].shape:
-        raise InputError("the network and the integer program are not the same; make the file again")
+        raise InputError(
+            "the network and the integer program are not the same; make the file again"
+        )
 
 
 def build_network(graph: Graph, macro: Macro, state: dict[str, torch.Tensor]) -> Network:
-    """A network of ReadLayers and batch norms with the given state (names as in `Network.state_dict`)."""
-    network = Network(graph, {n.name: _module(graph, n, macro, state) for n in graph.nodes if n.module})
+    """A network of ReadLayers and batch norms with the given state (names as in
+    `Network.state_dict`)."""
+    network = Network(
+        graph, {n.name: _module(graph, n, macro, state) for n in graph.nodes if n.module}
+    )
     network.load_state_dict({k: v for k, v in state.items() if not macro.ideal or not _of_adc(k)})
     return network.eval()
 
@@ -112,7 +149,8 @@ ADC_STATE = ("log_step", "zero", "real_zero", "thresholds", "levels", "unit", "l
 
 
 def _of_adc(name: str) -> bool:
-    """Whether a state name belongs to a layer's ADC (and has no place in a network with an ideal one)."""
+    """Whether a state name belongs to a layer's ADC (and has no place in a network with an ideal
+    one)."""
     path = name.split(".")  # layers, the layer's key (which has no dots), and what it holds
     return len(path) == 3 and path[-1] in ADC_STATE
 
@@ -121,8 +159,15 @@ def _module(graph: Graph, node: Node, macro: Macro, state: dict[str, torch.Tenso
     prefix = f"layers.{node.module.replace('.', '/')}."
     if node.op == "batch_norm":
         rank = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d}[len(node.shape)]
-        return rank(node.attrs["features"], eps=node.attrs["eps"], momentum=node.attrs["momentum"], affine=prefix + "weight" in state)
+        return rank(
+            node.attrs["features"],
+            eps=node.attrs["eps"],
+            momentum=node.attrs["momentum"],
+            affine=prefix + "weight" in state,
+        )
     plan = Plan.make(node.name, Geometry.from_dict(node.attrs["geometry"]), macro)
     weight, bias = (state.get(prefix + role) for role in ("weight", "bias"))
-    norm = column_norm(graph, node.name) if prefix + "norm.weight" in state else None  # an older file's layers have none
+    norm = (
+        column_norm(graph, node.name) if prefix + "norm.weight" in state else None
+    )  # an older file's layers have none
     return ReadLayer(plan, nn.Parameter(weight), None if bias is None else nn.Parameter(bias), norm)

@@ -56,7 +56,8 @@ def suggestion(word: str, choices: Iterable[str]) -> str:
 
 
 def escaped(text: object) -> str:
-    """`text` with control characters written out, so that a name from a file cannot steer a terminal.
+    """`text` with control characters written out, so that a name from a file cannot steer a
+    terminal.
 
     >>> escaped("a\\x1b[2J")
     'a\\\\x1b[2J'

@@ -1,11 +1,13 @@
-"""Files that are whole or absent: atomic writes, and one hashed safetensors file for tensors with a JSON document.
+"""Files that are whole or absent: atomic writes, and one hashed safetensors file for tensors with a
+JSON document.
 
     bytes 0..7        length of the header, little-endian
     header            canonical JSON: name -> dtype, shape, data_offsets; __metadata__ -> format, document, sha256s
     data              the tensors back to back, in the order of their names
 
-Any safetensors reader opens such a file. `load_tensors` is stricter: it takes only the one spelling of the header that
-`save_tensors` writes, and checks every hash, so no changed byte passes unseen. There is nothing to unpickle.
+Any safetensors reader opens such a file. `load_tensors` is stricter: it takes only the one spelling
+of the header that `save_tensors` writes, and checks every hash, so no changed byte passes unseen.
+There is nothing to unpickle.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ DTYPES = {
 CODES = {np.dtype(v): k for k, v in DTYPES.items()}
 
 
-# -- plain files -------------------------------------------------------------------------------------------------------
+# -- plain files -----------------------------------------------------------------------------------
 def read_file(path: str | Path) -> bytes:
     """The bytes of a file. Raises what `existing` raises, and InputError where it cannot be read."""
     with reading(path):
@@ -44,14 +46,17 @@ def read_file(path: str | Path) -> bytes:
 
 
 def existing(path: str | Path) -> Path:
-    """`path`, once it is known to be a file with something in it. Raises InputError for one that is missing (naming a close
-    neighbour), a folder, a device or empty."""
+    """`path`, once it is known to be a file with something in it. Raises InputError for one that is
+    missing (naming a close neighbour), a folder, a device or empty."""
     path = Path(path)
     with reading(path):
         if not path.exists():
             raise InputError(f"{escaped(path)}: no such file; {_neighbour(path)}")
         if not path.is_file():
-            raise InputError(f"{escaped(path)}: is {'a folder' if path.is_dir() else 'a device'}, not a file; give a file")
+            raise InputError(
+                f"{escaped(path)}: is {'a folder' if path.is_dir() else 'a device'}, "
+                "not a file; give a file"
+            )
         if path.stat().st_size == 0:
             raise InputError(f"{escaped(path)}: is empty (0 bytes); make or fetch it again")
     return path
@@ -63,7 +68,9 @@ def reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise InputError(f"{escaped(path)}: cannot be read ({_reason(e)}); check the name and its permissions") from e
+        raise InputError(
+            f"{escaped(path)}: cannot be read ({_reason(e)}); check the name and its permissions"
+        ) from e
 
 
 def _neighbour(path: Path) -> str:
@@ -80,10 +87,11 @@ def _reason(e: Exception) -> str:
 
 
 def check_writable(path: str | Path, force: bool = False, option: str = "--out") -> Path:
-    """The real target of `path` (links followed), after every refusal that can be known before the work is done; they name `option`.
+    """The real target of `path` (links followed), after every refusal that can be known before the
+    work is done; they name `option`.
 
-    Raises ConfigError for an existing file without `force`, a folder or a device; StorageError where the folder is
-    missing or takes no new file.
+    Raises ConfigError for an existing file without `force`, a folder or a device; StorageError
+    where the folder is missing or takes no new file.
     """
     path = Path(path)
     try:
@@ -93,7 +101,9 @@ def check_writable(path: str | Path, force: bool = False, option: str = "--out")
         if target.exists() and not target.is_file():
             raise ConfigError(f"{escaped(path)}: is not a regular file; give another {option}")
         if target.exists() and not force:
-            raise ConfigError(f"{escaped(path)}: exists already; give --force to replace it or another {option}")
+            raise ConfigError(
+                f"{escaped(path)}: exists already; give --force to replace it or another {option}"
+            )
         descriptor, temporary = _open_temporary(target.parent)
         os.close(descriptor)
         os.unlink(temporary)
@@ -105,8 +115,9 @@ def check_writable(path: str | Path, force: bool = False, option: str = "--out")
 def write_atomic(path: str | Path, data: bytes, *, force: bool = False) -> None:
     """`path` holds exactly `data`, on the disk, or is what it was before.
 
-    A temporary file in the same folder, fsync, rename, fsync of the folder; the temporary file is removed on every failure.
-    Raises what `check_writable` raises, and StorageError with the system's reason (a full disk, a lost mount).
+    A temporary file in the same folder, fsync, rename, fsync of the folder; the temporary file is
+    removed on every failure. Raises what `check_writable` raises, and StorageError with the
+    system's reason (a full disk, a lost mount).
     """
     target = check_writable(path, force)
     try:
@@ -122,9 +133,12 @@ def write_atomic(path: str | Path, data: bytes, *, force: bool = False) -> None:
 
 
 def _open_temporary(folder: Path) -> tuple[int, Path]:
-    """A new file under a random name; os.open, unlike mkstemp, leaves the permissions to the user's umask."""
+    """A new file under a random name; os.open, unlike mkstemp, leaves the permissions to the user's
+    umask."""
     temporary = folder / f".rqtool-{secrets.token_hex(8)}.tmp"
-    return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666), temporary
+    return os.open(
+        temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666
+    ), temporary
 
 
 @contextmanager
@@ -145,19 +159,27 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _refuse_write(path: Path, e: Exception, option: str = "--out") -> NoReturn:
-    raise StorageError(f"{escaped(path)}: cannot be written ({_reason(e)}); free or create the place, or give another {option}") from e
+    raise StorageError(
+        f"{escaped(path)}: cannot be written ({_reason(e)}); free or create "
+        f"the place, or give another {option}"
+    ) from e
 
 
-# -- tensors with a document -------------------------------------------------------------------------------------------
-def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], document: Mapping[str, Any], force: bool = False) -> None:
-    """One .rq file with `tensors` (booleans, integers, float16..64, any shape) and the JSON object `document`; equal content
-    gives equal bytes. Raises what `write_atomic` raises."""
+# -- tensors with a document -----------------------------------------------------------------------
+def save_tensors(
+    path: str | Path,
+    tensors: Mapping[str, np.ndarray],
+    document: Mapping[str, Any],
+    force: bool = False,
+) -> None:
+    """One .rq file with `tensors` (booleans, integers, float16..64, any shape) and the JSON object
+    `document`; equal content gives equal bytes. Raises what `write_atomic` raises."""
     write_atomic(path, encode(tensors, document), force=force)
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The (tensors, document) that `save_tensors` wrote. Raises InputError, one sentence, for anything else: another
-    format or version, a truncated file, a single changed bit."""
+    """The (tensors, document) that `save_tensors` wrote. Raises InputError, one sentence, for
+    anything else: another format or version, a truncated file, a single changed bit."""
     return decode(read_file(path), escaped(path))
 
 
@@ -182,7 +204,10 @@ def encode(tensors: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> by
 def _flat(name: str, array: np.ndarray) -> tuple[str, list[int], bytes]:
     code = CODES.get(np.dtype(array.dtype).newbyteorder("<"))
     if code is None or name == "__metadata__":
-        raise RqError(f"{escaped(name)}: a tensor of {array.dtype} under this name cannot be stored; use booleans, integers or float16 to float64")
+        raise RqError(
+            f"{escaped(name)}: a tensor of {array.dtype} under this name cannot "
+            "be stored; use booleans, integers or float16 to float64"
+        )
     return code, list(array.shape), array.astype(DTYPES[code]).tobytes()
 
 
@@ -226,17 +251,27 @@ def _header(data: bytes, source: str) -> tuple[dict[str, Any], dict[str, str], b
         if not all(isinstance(v, str) for v in metadata.values()):
             raise ValueError("metadata is not text")
     except (ValueError, AttributeError, RecursionError) as e:
-        raise InputError(f"{source}: is not an rqtool file, or is damaged (its first bytes are no safetensors header); give a .rq file") from e
+        raise InputError(
+            f"{source}: is not an rqtool file, or is damaged (its first bytes "
+            "are no safetensors header); give a .rq file"
+        ) from e
     return header, metadata, spelled
 
 
 def _check_format(metadata: dict[str, str], source: str) -> None:
     tag = re.fullmatch(r"rqtool\.rq/(\d{1,9})", metadata.get("format", ""), re.ASCII)
     if tag is None:
-        raise InputError(f"{source}: is not an rqtool file (no format tag {FORMAT}); give a .rq file, or a safetensors state dictionary where a model is asked")
+        raise InputError(
+            f"{source}: is not an rqtool file (no format tag {FORMAT}); give a "
+            ".rq file, or a safetensors state dictionary where a model is "
+            "asked"
+        )
     if metadata["format"] != FORMAT:
         way_out = "update rqtool" if int(tag[1]) > VERSION else "make it again with this version"
-        raise InputError(f"{source}: has the format {escaped(metadata['format'])}, but this version reads only {FORMAT}; {way_out}")
+        raise InputError(
+            f"{source}: has the format {escaped(metadata['format'])}, but this "
+            f"version reads only {FORMAT}; {way_out}"
+        )
 
 
 def _document(metadata: dict[str, str], source: str) -> dict[str, Any]:

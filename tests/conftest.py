@@ -1,4 +1,5 @@
-"""What all tests share: groups, real data that may be absent, deterministic hypothesis, two threads or one."""
+"""What all tests share: groups, real data that may be absent, deterministic hypothesis, two threads
+or one."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ GROUPS = {
     "test_wrap": "unit",
 }
 
-# Read when torch is first imported, here or in a command that a test starts: no import of torch only to set it.
+# Read when torch is first imported, here or in a command that a test starts: no import of torch
+# only to set it.
 os.environ["OMP_NUM_THREADS"] = "2"
 sleep_soon()
 
@@ -107,7 +109,8 @@ def shared_model() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For modules whose tensors are so small that a second thread only waits: `pytestmark = pytest.mark.usefixtures("one_thread")`."""
+    """For modules whose tensors are so small that a second thread only waits: `pytestmark =
+    pytest.mark.usefixtures("one_thread")`."""
     import torch
 
     before = torch.get_num_threads()

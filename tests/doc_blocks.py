@@ -1,7 +1,7 @@
 """Fenced blocks of Markdown files, so that tests can run what the documents show.
 
-    python     a script, or a session with >>> whose output is compared; the blocks of one file share their names
-    console    lines with "$ " are commands, the lines below each are its output
+python     a script, or a session with >>> whose output is compared; the blocks of one file share their names
+console    lines with "$ " are commands, the lines below each are its output
 """
 
 from __future__ import annotations
@@ -26,16 +26,21 @@ class Block(NamedTuple):
 def blocks(path: Path, language: str) -> list[Block]:
     """The blocks of a file in that language, in order."""
     text = path.read_text(encoding="utf-8")
-    found = [Block(path, text.count("\n", 0, m.start(2)) + 1, m[1], m[2]) for m in FENCE.finditer(text)]
+    found = [
+        Block(path, text.count("\n", 0, m.start(2)) + 1, m[1], m[2]) for m in FENCE.finditer(text)
+    ]
     return [block for block in found if block.language == language]
 
 
 def run_python(block: Block, names: dict[str, Any]) -> None:
-    """Runs a python block among `names`, which it may add to; fails where the output of a session differs."""
+    """Runs a python block among `names`, which it may add to; fails where the output of a session
+    differs."""
     if ">>>" not in block.text:
         exec(compile("\n" * (block.line - 1) + block.text, str(block.path), "exec"), names)
         return
-    test = doctest.DocTestParser().get_doctest(block.text, {}, block.path.name, str(block.path), block.line - 1)
+    test = doctest.DocTestParser().get_doctest(
+        block.text, {}, block.path.name, str(block.path), block.line - 1
+    )
     test.globs = names
     report: list[str] = []
     failed, _ = doctest.DocTestRunner().run(test, out=report.append, clear_globs=False)

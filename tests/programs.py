@@ -1,10 +1,11 @@
-"""Small random integer programs: the same cases go through every carrier (numpy, torch, ONNX), and every integer must agree.
+"""Small random integer programs: the same cases go through every carrier (numpy, torch, ONNX), and
+every integer must agree.
 
-    CASES             name -> macro, geometry and input size of one reads layer each; together they cover every branch of the formula
-    layer_program     one reads layer: uint8 codes -> int32 accumulators
-    random_layer      the same with everything drawn from a seed
-    network           every kind of operation in one program, on pixels or on float32
-    images            random inputs of a program
+CASES             name -> macro, geometry and input size of one reads layer each; together they cover every branch of the formula
+layer_program     one reads layer: uint8 codes -> int32 accumulators
+random_layer      the same with everything drawn from a seed
+network           every kind of operation in one program, on pixels or on float32
+images            random inputs of a program
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from rqtool.program.ir import Op, Program, Tensor, check
 
 
 class Builder:
-    """A program under construction: each method adds one operation and returns the name of its output."""
+    """A program under construction: each method adds one operation and returns the name of its
+    output."""
 
     def __init__(self, macro: Macro, seed: int):
         self.macro, self.rng = macro, np.random.default_rng(seed)
@@ -33,37 +35,81 @@ class Builder:
         self.tensors["x"] = Tensor("x", shape, lo, hi)
         return "x"
 
-    def add(self, kind: str, inputs: list[str], shape: tuple[int, ...], lo: int, hi: int, attrs: dict[str, Any], **consts: np.ndarray) -> str:
+    def add(
+        self,
+        kind: str,
+        inputs: list[str],
+        shape: tuple[int, ...],
+        lo: int,
+        hi: int,
+        attrs: dict[str, Any],
+        **consts: np.ndarray,
+    ) -> str:
         name = f"{kind}{len(self.ops)}"
         for role, array in consts.items():
             self.constants[f"{name}.{role}"] = array
         self.tensors[f"{name}.out"] = Tensor(f"{name}.out", shape, lo, hi)
-        self.ops.append(Op(kind, name, tuple(inputs), f"{name}.out", attrs, {role: f"{name}.{role}" for role in consts}))
+        self.ops.append(
+            Op(
+                kind,
+                name,
+                tuple(inputs),
+                f"{name}.out",
+                attrs,
+                {role: f"{name}.{role}" for role in consts},
+            )
+        )
         return f"{name}.out"
 
     def shape(self, x: str) -> tuple[int, ...]:
         return self.tensors[x].shape
 
     def program(self, output: str) -> Program:
-        program = Program(self.macro, self.ops[0].inputs[0], output, self.tensors, tuple(self.ops), self.constants, {"preset": None})
+        program = Program(
+            self.macro,
+            self.ops[0].inputs[0],
+            output,
+            self.tensors,
+            tuple(self.ops),
+            self.constants,
+            {"preset": None},
+        )
         check(program)
         return program
 
-    # -- the macro ---------------------------------------------------------------------------------------------------
-    def reads(self, x: str, geometry: Geometry, pad: int = 0, gains: str = "small", zeros: str = "layer") -> str:
-        """gains: one, small (1..4 per tile), large (60..127 per tile) or wide (per read); zeros: layer (the code book's) or own (any)."""
+    # -- the macro ---------------------------------------------------------------------------------
+    def reads(
+        self, x: str, geometry: Geometry, pad: int = 0, gains: str = "small", zeros: str = "layer"
+    ) -> str:
+        """gains: one, small (1..4 per tile), large (60..127 per tile) or wide (per read); zeros:
+        layer (the code book's) or own (any)."""
         layer = f"layer{len(self.ops)}"
         plan = Plan.make(layer, geometry, self.macro)
-        weight = self.rng.integers(-self.macro.q_w, self.macro.q_w + 1, (geometry.columns, geometry.channels // geometry.groups, *geometry.kernel))
+        weight = self.rng.integers(
+            -self.macro.q_w,
+            self.macro.q_w + 1,
+            (geometry.columns, geometry.channels // geometry.groups, *geometry.kernel),
+        )
         spec, consts = self._adc(plan, gains, zeros)
         if self.macro.pack == "spread":
             consts["order"] = self.rng.permutation(geometry.rows).astype(np.int32)
         height, width = geometry.out_size(*self.shape(x)[1:])
         attrs = {"layer": layer, "geometry": geometry.to_dict(), "pad": pad, "adc": spec}
         bound = plan.acc_bound
-        return self.add("reads", [x], (geometry.columns, height, width), -bound, bound, attrs, weight=weight.astype(np.int8), **consts)
+        return self.add(
+            "reads",
+            [x],
+            (geometry.columns, height, width),
+            -bound,
+            bound,
+            attrs,
+            weight=weight.astype(np.int8),
+            **consts,
+        )
 
-    def _adc(self, plan: Plan, gains: str, zeros: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def _adc(
+        self, plan: Plan, gains: str, zeros: str
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         macro = self.macro
         if macro.ideal:
             return {"kind": "ideal"}, {}
@@ -73,51 +119,111 @@ class Builder:
         top, macro = self.macro.top, self.macro
         rows = plan.geometry.columns if macro.granularity == "column" else 1
         thresholds = np.sort(self.rng.integers(macro.p_min, macro.p_max + 2, (rows, top)))
-        levels = np.sort(self.rng.integers(macro.p_min, macro.p_max + 1, top + 1)).clip(-32767, 32767)
-        return {"kind": "free", "top": top}, {"thresholds": thresholds.astype(np.int32), "levels": levels.astype(np.int32)}
+        levels = np.sort(self.rng.integers(macro.p_min, macro.p_max + 1, top + 1)).clip(
+            -32767, 32767
+        )
+        return {"kind": "free", "top": top}, {
+            "thresholds": thresholds.astype(np.int32),
+            "levels": levels.astype(np.int32),
+        }
 
-    def _uniform(self, plan: Plan, gains: str, zeros: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def _uniform(
+        self, plan: Plan, gains: str, zeros: str
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         macro = self.macro
-        shape = {"layer": (1, 1), "column": (1, plan.geometry.columns), "tile": (len(plan.tiles), plan.geometry.columns)}[macro.granularity]
+        shape = {
+            "layer": (1, 1),
+            "column": (1, plan.geometry.columns),
+            "tile": (len(plan.tiles), plan.geometry.columns),
+        }[macro.granularity]
         full = max(2.0, (macro.p_max - macro.p_min) / (macro.top + 1))
         step = np.exp(self.rng.uniform(0, np.log(full), shape))
         mult = (2 * np.floor(2.0**macro.shift / step / 2) + 1).clip(1, 2**macro.shift - 1)
-        zero = np.full((1, 1), macro.zero) if zeros == "layer" else self.rng.integers(0, macro.top + 1, shape)
-        lo, hi, size = {"one": (1, 2, (1, 1)), "small": (1, 5, (shape[0], 1)), "large": (60, 128, (shape[0], 1)), "wide": (1, 128, shape)}[gains]
+        zero = (
+            np.full((1, 1), macro.zero)
+            if zeros == "layer"
+            else self.rng.integers(0, macro.top + 1, shape)
+        )
+        lo, hi, size = {
+            "one": (1, 2, (1, 1)),
+            "small": (1, 5, (shape[0], 1)),
+            "large": (60, 128, (shape[0], 1)),
+            "wide": (1, 128, shape),
+        }[gains]
         gain = self.rng.integers(lo, hi, size)
-        tables = {"mult": mult, "zero": zero, "gain": gain if macro.granularity == "tile" else np.ones((1, 1))}
-        return {"kind": "uniform", "shift": macro.shift, "top": macro.top}, {k: v.astype(np.int32) for k, v in tables.items()}
+        tables = {
+            "mult": mult,
+            "zero": zero,
+            "gain": gain if macro.granularity == "tile" else np.ones((1, 1)),
+        }
+        return {"kind": "uniform", "shift": macro.shift, "top": macro.top}, {
+            k: v.astype(np.int32) for k, v in tables.items()
+        }
 
-    # -- the rest ----------------------------------------------------------------------------------------------------
+    # -- the rest ----------------------------------------------------------------------------------
     def xsum(self, x: str, geometry: Geometry, pad: int = 0) -> str:
         peak = geometry.rows * max(self.tensors[x].hi, pad)
         attrs = {"geometry": geometry.to_dict(), "pad": pad, "columns": geometry.columns}
-        return self.add("xsum", [x], (geometry.columns, *geometry.out_size(*self.shape(x)[1:])), 0, peak, attrs)
+        return self.add(
+            "xsum", [x], (geometry.columns, *geometry.out_size(*self.shape(x)[1:])), 0, peak, attrs
+        )
 
     def quantize(self, x: str, exponent: int, lo: int, hi: int) -> str:
-        return self.add("quantize", [x], self.shape(x), lo, hi, {"exponent": exponent, "lo": lo, "hi": hi})
+        return self.add(
+            "quantize", [x], self.shape(x), lo, hi, {"exponent": exponent, "lo": lo, "hi": hi}
+        )
 
     def requant(self, xs: list[str], lo: int, hi: int, shift: int = 16) -> str:
-        """Random multipliers, larger than the proven peak of an input asks for (accumulators rarely reach it), below the bound of 2**30."""
+        """Random multipliers, larger than the proven peak of an input asks for (accumulators rarely
+        reach it), below the bound of 2**30."""
         channels, shape = self.shape(xs[0])[0], self.shape(xs[0])
         wanted = (hi - lo) * 2.0**shift / len(xs)
         mults = {}
         for n, x in enumerate(xs):
             peak = self.tensors[x].peak
             size = max(1, min(wanted / max(1, peak) * 16, (2**29) / len(xs) / max(1, peak)))
-            mults[f"mult{n}"] = (self.rng.uniform(-0.3, 1, (channels, *[1] * (len(shape) - 1))) * size).round().astype(np.int32)
-        add = self.rng.integers(-(hi - lo) << (shift - 2), ((hi - lo) << (shift - 2)) + 1, (channels, *[1] * (len(shape) - 1))).astype(np.int32)
-        return self.add("requant", xs, shape, lo, hi, {"shift": shift, "lo": lo, "hi": hi}, add=add + np.int32(1 << (shift - 1)), **mults)
+            mults[f"mult{n}"] = (
+                (self.rng.uniform(-0.3, 1, (channels, *[1] * (len(shape) - 1))) * size)
+                .round()
+                .astype(np.int32)
+            )
+        add = self.rng.integers(
+            -(hi - lo) << (shift - 2),
+            ((hi - lo) << (shift - 2)) + 1,
+            (channels, *[1] * (len(shape) - 1)),
+        ).astype(np.int32)
+        return self.add(
+            "requant",
+            xs,
+            shape,
+            lo,
+            hi,
+            {"shift": shift, "lo": lo, "hi": hi},
+            add=add + np.int32(1 << (shift - 1)),
+            **mults,
+        )
 
-    def pool(self, kind: str, x: str, kernel: tuple[int, int], stride: tuple[int, int], pads: list[list[int]], dilation: tuple[int, int] = (1, 1)) -> str:
+    def pool(
+        self,
+        kind: str,
+        x: str,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        pads: list[list[int]],
+        dilation: tuple[int, int] = (1, 1),
+    ) -> str:
         t = self.tensors[x]
         sizes = zip(t.shape[1:], kernel, stride, pads, dilation)
         out = tuple((n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
         attrs: dict[str, Any] = {"kernel": list(kernel), "stride": list(stride), "padding": pads}
         if kind == "maxpool":
-            return self.add(kind, [x], (t.shape[0], *out), t.lo, t.hi, {**attrs, "dilation": list(dilation)})
+            return self.add(
+                kind, [x], (t.shape[0], *out), t.lo, t.hi, {**attrs, "dilation": list(dilation)}
+            )
         taps = kernel[0] * kernel[1]
-        return self.add(kind, [x], (t.shape[0], *out), min(0, t.lo * taps), max(0, t.hi * taps), attrs)
+        return self.add(
+            kind, [x], (t.shape[0], *out), min(0, t.lo * taps), max(0, t.hi * taps), attrs
+        )
 
     def moved(self, kind: str, x: str, **attrs: Any) -> str:
         """reshape, permute, pad or slice: numpy says what shape comes out."""
@@ -130,7 +236,11 @@ class Builder:
         elif kind == "pad":
             out = np.pad(probe, attrs["pads"])
         else:
-            out = np.take(probe, range(t.shape[attrs["axis"]])[attrs["start"] : attrs["stop"] : attrs["step"]], attrs["axis"])
+            out = np.take(
+                probe,
+                range(t.shape[attrs["axis"]])[attrs["start"] : attrs["stop"] : attrs["step"]],
+                attrs["axis"],
+            )
         lo, hi = (min(0, t.lo), max(0, t.hi)) if kind == "pad" else (t.lo, t.hi)
         return self.add(kind, [x], out.shape, lo, hi, attrs)
 
@@ -138,12 +248,15 @@ class Builder:
         ts = [self.tensors[x] for x in xs]
         shape = list(ts[0].shape)
         shape[axis] = sum(t.shape[axis] for t in ts)
-        return self.add("concat", xs, tuple(shape), min(t.lo for t in ts), max(t.hi for t in ts), {"axis": axis})
+        return self.add(
+            "concat", xs, tuple(shape), min(t.lo for t in ts), max(t.hi for t in ts), {"axis": axis}
+        )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One reads layer: macro, geometry, input height and width, padding code, how gains and zeros are drawn."""
+    """One reads layer: macro, geometry, input height and width, padding code, how gains and zeros
+    are drawn."""
 
     macro: Macro
     geometry: Geometry
@@ -224,7 +337,8 @@ def layer_program(case: Case, seed: int = 0) -> Program:
 
 
 def random_layer(seed: int) -> Program:
-    """A reads layer with macro, geometry, sizes and tables all drawn from `seed`; contradictions are drawn again."""
+    """A reads layer with macro, geometry, sizes and tables all drawn from `seed`; contradictions
+    are drawn again."""
     rng = np.random.default_rng(seed)
     while True:
         try:
@@ -243,15 +357,34 @@ def _random_case(rng: np.random.Generator) -> Case:
         granularity=pick("layer", "column") if kind == "free" else pick("layer", "column", "tile"), levels="free" if kind == "free" else "uniform",
     )  # fmt: skip
     groups = pick(1, 1, 2, 3)
-    kernel, dilation = (int(rng.integers(1, 4)), int(rng.integers(1, 4))), (int(rng.integers(1, 3)), int(rng.integers(1, 3)))
+    kernel, dilation = (
+        (int(rng.integers(1, 4)), int(rng.integers(1, 4))),
+        (int(rng.integers(1, 3)), int(rng.integers(1, 3))),
+    )
     padding = (int(rng.integers(0, kernel[0])), int(rng.integers(0, kernel[1])))
-    geometry = Geometry(groups * int(rng.integers(1, 4)), groups * int(rng.integers(1, 4)), kernel, (pick(1, 2), pick(1, 2)), padding, dilation, groups)
+    geometry = Geometry(
+        groups * int(rng.integers(1, 4)),
+        groups * int(rng.integers(1, 4)),
+        kernel,
+        (pick(1, 2), pick(1, 2)),
+        padding,
+        dilation,
+        groups,
+    )
     size = (int(rng.integers(5, 8)), int(rng.integers(5, 8)))
-    return Case(macro, geometry, size, pick(0, int(rng.integers(0, macro.q_x + 1))), pick("one", "small", "wide"), pick("layer", "own"))
+    return Case(
+        macro,
+        geometry,
+        size,
+        pick(0, int(rng.integers(0, macro.q_x + 1))),
+        pick("one", "small", "wide"),
+        pick("layer", "own"),
+    )
 
 
 def network(seed: int = 0, macro: Macro | None = None, floats: bool = False) -> Program:
-    """Every kind of operation once: residual addition, pools, concat, pad, slice, permute, reshape, offset correction, linear."""
+    """Every kind of operation once: residual addition, pools, concat, pad, slice, permute, reshape,
+    offset correction, linear."""
     macro = macro or Macro()
     q = macro.q_x
     b = Builder(macro, seed)

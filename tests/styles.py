@@ -1,4 +1,5 @@
-"""Small models in the styles people write: each captured exactly, and together they use every operation a graph can have."""
+"""Small models in the styles people write: each captured exactly, and together they use every
+operation a graph can have."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Style:
-    """How to build a model, the shape of one input, and the operations its graph shall have, in order (None: not compared)."""
+    """How to build a model, the shape of one input, and the operations its graph shall have, in
+    order (None: not compared)."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
@@ -54,7 +56,16 @@ class Style:
 
 def sequential() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(2, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 7), nn.ReLU(), nn.Linear(7, 4)
+        nn.Conv2d(2, 5, 3, padding=1, bias=False),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(5, 6, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 7),
+        nn.ReLU(),
+        nn.Linear(7, 4),
     )
 
 
@@ -63,7 +74,12 @@ def raw_parameter() -> nn.Module:
         x = F.relu(F.conv2d(x, m.kernel, m.bias, padding=1))
         return F.linear(x.flatten(1), m.matrix)
 
-    return Model(forward, kernel=nn.Parameter(torch.randn(3, 2, 3, 3) / 4), bias=nn.Parameter(torch.randn(3) / 4), matrix=nn.Parameter(torch.randn(4, 3 * 36) / 10))
+    return Model(
+        forward,
+        kernel=nn.Parameter(torch.randn(3, 2, 3, 3) / 4),
+        bias=nn.Parameter(torch.randn(3) / 4),
+        matrix=nn.Parameter(torch.randn(4, 3 * 36) / 10),
+    )
 
 
 def in_place() -> nn.Module:
@@ -77,7 +93,12 @@ def in_place() -> nn.Module:
         z.relu_()
         return m.c(z.flatten(1))
 
-    return Model(forward, a=nn.Conv2d(2, 4, 3, padding=1), b=nn.Conv2d(4, 4, 3, padding=1), c=nn.Linear(4 * 36, 4))
+    return Model(
+        forward,
+        a=nn.Conv2d(2, 4, 3, padding=1),
+        b=nn.Conv2d(4, 4, 3, padding=1),
+        c=nn.Linear(4 * 36, 4),
+    )
 
 
 def shape_control_flow() -> nn.Module:
@@ -96,7 +117,9 @@ def tied() -> nn.Module:
         x = F.relu(m.norm(m.a(x)))
         return m.c(F.relu(m.norm(m.a(x))).flatten(1))
 
-    return Model(forward, a=nn.Conv2d(2, 2, 3, padding=1), norm=nn.BatchNorm2d(2), c=nn.Linear(72, 4))
+    return Model(
+        forward, a=nn.Conv2d(2, 2, 3, padding=1), norm=nn.BatchNorm2d(2), c=nn.Linear(72, 4)
+    )
 
 
 def tied_weight() -> nn.Module:
@@ -107,7 +130,15 @@ def tied_weight() -> nn.Module:
 
 def conv1d() -> nn.Module:
     return nn.Sequential(
-        nn.Conv1d(3, 6, 5, 2, 2, groups=3), nn.BatchNorm1d(6), nn.ReLU(), nn.MaxPool1d(3, 2, 1), nn.Conv1d(6, 4, 3, padding="same", dilation=2), nn.AvgPool1d(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)
+        nn.Conv1d(3, 6, 5, 2, 2, groups=3),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        nn.MaxPool1d(3, 2, 1),
+        nn.Conv1d(6, 4, 3, padding="same", dilation=2),
+        nn.AvgPool1d(2),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
     )
 
 
@@ -131,18 +162,35 @@ def patches() -> nn.Module:
 
 
 def same_even() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(2, 4, 4, padding="same"), nn.ReLU(), nn.Conv2d(4, 3, (2, 3), padding="same", dilation=(3, 1)), nn.Flatten(), nn.Linear(3 * 49, 3))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 4, padding="same"),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, (2, 3), padding="same", dilation=(3, 1)),
+        nn.Flatten(),
+        nn.Linear(3 * 49, 3),
+    )
 
 
 def ceil_pools() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, 1, dilation=2), nn.Flatten(), nn.Linear(3, 3)
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.MaxPool2d(2, 1, dilation=2),
+        nn.Flatten(),
+        nn.Linear(3, 3),
     )
 
 
 def average_pools() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(2, 1, 1, count_include_pad=False), nn.AdaptiveAvgPool2d((3, 1)), nn.Flatten(), nn.Linear(9, 3)
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(3, 2, 1),
+        nn.AvgPool2d(2, 1, 1, count_include_pad=False),
+        nn.AdaptiveAvgPool2d((3, 1)),
+        nn.Flatten(),
+        nn.Linear(9, 3),
     )
 
 
@@ -154,15 +202,33 @@ def global_mean() -> nn.Module:
 
 
 def with_dropout() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Dropout2d(0.2), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        nn.Dropout2d(0.2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(64, 3),
+    )
 
 
 def norm_after_relu() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        nn.ReLU(),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4, affine=False),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+        nn.BatchNorm1d(3),
+    )
 
 
 def log_softmax() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3), nn.LogSoftmax(-1))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3), nn.LogSoftmax(-1)
+    )
 
 
 def softmax() -> nn.Module:
@@ -178,11 +244,18 @@ def branches() -> nn.Module:
         y = torch.cat([F.relu(m.a(x)), m.b(x), F.avg_pool2d(x, 3, 1, 1)], 1)
         return m.c(y.mean((2, 3)))
 
-    return Model(forward, stem=nn.Conv2d(2, 3, 3), a=nn.Conv2d(3, 2, 1), b=nn.Conv2d(3, 4, 3, padding=1), c=nn.Linear(9, 3))
+    return Model(
+        forward,
+        stem=nn.Conv2d(2, 3, 3),
+        a=nn.Conv2d(3, 2, 1),
+        b=nn.Conv2d(3, 4, 3, padding=1),
+        c=nn.Linear(9, 3),
+    )
 
 
 def pad_shortcut() -> nn.Module:
-    """The parameter-free shortcut of ResNets for CIFAR-10: every second position, channels padded with zeros."""
+    """The parameter-free shortcut of ResNets for CIFAR-10: every second position, channels padded
+    with zeros."""
 
     def forward(m, x):
         x = F.relu(m.n1(m.stem(x)))
@@ -202,7 +275,14 @@ def mobile() -> nn.Module:
         y = m.narrow(F.relu6(m.depth(y)))
         return m.c((x + y).clamp(max=4.0).flatten(2).mean(2))
 
-    return Model(forward, stem=nn.Conv2d(2, 4, 3, 2, 1), wide=nn.Conv2d(4, 8, 1), depth=nn.Conv2d(8, 8, 3, padding=1, groups=8), narrow=nn.Conv2d(8, 4, 1), c=nn.Linear(4, 3))
+    return Model(
+        forward,
+        stem=nn.Conv2d(2, 4, 3, 2, 1),
+        wide=nn.Conv2d(4, 8, 1),
+        depth=nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        narrow=nn.Conv2d(8, 4, 1),
+        c=nn.Linear(4, 3),
+    )
 
 
 def arithmetic() -> nn.Module:
@@ -230,24 +310,38 @@ def one_layer() -> nn.Module:
 
 
 STYLES = {
-    "sequential": Style(sequential, (2, 8, 8), "conv batch_norm relu maxpool conv relu reshape conv relu conv"),
+    "sequential": Style(
+        sequential, (2, 8, 8), "conv batch_norm relu maxpool conv relu reshape conv relu conv"
+    ),
     "raw parameter": Style(raw_parameter, (2, 6, 6), "conv relu reshape conv"),
     "in place": Style(in_place, (2, 6, 6), "conv relu conv affine affine add relu reshape conv"),
-    "shape control flow": Style(shape_control_flow, (2, 6, 6), "maxpool conv relu conv relu reshape conv"),
+    "shape control flow": Style(
+        shape_control_flow, (2, 6, 6), "maxpool conv relu conv relu reshape conv"
+    ),
     "tied module": Style(tied, (2, 6, 6), "conv batch_norm relu conv batch_norm relu reshape conv"),
     "tied weight": Style(tied_weight, (6,), "conv relu conv relu conv"),
     "conv1d": Style(conv1d, (3, 24), None),
     "tokens": Style(tokens, (7, 5), None),
     "patches": Style(patches, (2, 3, 4), "permute conv relu permute avgpool reshape conv"),
-    "same padding, even kernels": Style(same_even, (2, 7, 7), "pad conv relu pad conv reshape conv"),
+    "same padding, even kernels": Style(
+        same_even, (2, 7, 7), "pad conv relu pad conv reshape conv"
+    ),
     "ceil mode": Style(ceil_pools, (2, 10, 10), "conv maxpool maxpool maxpool reshape conv"),
-    "average pools": Style(average_pools, (2, 10, 9), "conv relu avgpool avgpool avgpool reshape conv"),
+    "average pools": Style(
+        average_pools, (2, 10, 9), "conv relu avgpool avgpool avgpool reshape conv"
+    ),
     "global mean": Style(global_mean, (2, 8, 7), "conv relu avgpool reshape conv"),
-    "dropout": Style(with_dropout, (2, 6, 6), "conv dropout relu reshape dropout conv", dropout=True),
-    "norm after relu": Style(norm_after_relu, (2, 6, 6), "conv relu batch_norm conv batch_norm reshape conv batch_norm"),
+    "dropout": Style(
+        with_dropout, (2, 6, 6), "conv dropout relu reshape dropout conv", dropout=True
+    ),
+    "norm after relu": Style(
+        norm_after_relu, (2, 6, 6), "conv relu batch_norm conv batch_norm reshape conv batch_norm"
+    ),
     "log softmax": Style(log_softmax, (2, 6, 6), "conv relu reshape conv tail"),
     "softmax": Style(softmax, (2, 6, 6), "reshape conv affine tail"),
-    "branches": Style(branches, (2, 8, 8), "conv relu conv relu conv avgpool concat avgpool reshape conv"),
+    "branches": Style(
+        branches, (2, 8, 8), "conv relu conv relu conv avgpool concat avgpool reshape conv"
+    ),
     "pad shortcut": Style(pad_shortcut, (2, 6, 6), None),
     "mobile": Style(mobile, (2, 9, 9), None),
     "arithmetic": Style(arithmetic, (2, 6, 6), None),

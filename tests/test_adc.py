@@ -1,4 +1,5 @@
-"""The ADC in all its forms, every partial sum tried: exact fractions, thresholds, integers, float32, numpy and torch."""
+"""The ADC in all its forms, every partial sum tried: exact fractions, thresholds, integers,
+float32, numpy and torch."""
 
 from __future__ import annotations
 
@@ -41,15 +42,27 @@ class Spec(NamedTuple):
 
 
 BOUNDS = (9, 81, 945, 5355, 16383, 16384, 30000)  # 16384 is the first with a shift above 15
-BOOKS = [(bits, book) for bits in range(1, 9) for book in adc.CODEBOOKS if (bits, book) != (1, "sign-magnitude")]
+BOOKS = [
+    (bits, book)
+    for bits in range(1, 9)
+    for book in adc.CODEBOOKS
+    if (bits, book) != (1, "sign-magnitude")
+]
 
 
 def mults(bits: int, book: str, bound: int) -> list[int]:
     """Full scale, a third of it, step 1, and odd numbers that no step asked for."""
     shift = adc.shift_for(bound)
-    full = adc.full_scale_step(-bound, bound, adc.default_zero(bits, book), adc.top_code(bits, book))
+    full = adc.full_scale_step(
+        -bound, bound, adc.default_zero(bits, book), adc.top_code(bits, book)
+    )
     strange = [((bits * 7919 + bound) * n) % (1 << shift) | 1 for n in (1, 3, 11, 29, 101)]
-    return [int(adc.snap(full, shift)), int(adc.snap(max(1.0, full / 3), shift)), (1 << shift) - 1, *strange]
+    return [
+        int(adc.snap(full, shift)),
+        int(adc.snap(max(1.0, full / 3), shift)),
+        (1 << shift) - 1,
+        *strange,
+    ]
 
 
 SPECS = [
@@ -59,12 +72,20 @@ SPECS = [
     if adc.float32_exact(bound, adc.shift_for(bound), bits)
     for mult in dict.fromkeys(mults(bits, book, bound))
 ]
-WIDE = [Spec(1, "twos", 100_000, 77), Spec(2, "twos", 250_000, 4097), Spec(3, "sign-magnitude", 131_072, 35_001), Spec(4, "unsigned", 140_000, 1)]
+WIDE = [
+    Spec(1, "twos", 100_000, 77),
+    Spec(2, "twos", 250_000, 4097),
+    Spec(3, "sign-magnitude", 131_072, 35_001),
+    Spec(4, "unsigned", 140_000, 1),
+]
 
 
 def exact_thresholds(s: Spec) -> tuple[int, ...]:
-    """From the meaning alone: code j starts half a step below its own value, and p is a whole number."""
-    return tuple(math.ceil((Fraction(j - s.zero) - Fraction(1, 2)) * s.step) for j in range(1, s.top + 1))
+    """From the meaning alone: code j starts half a step below its own value, and p is a whole
+    number."""
+    return tuple(
+        math.ceil((Fraction(j - s.zero) - Fraction(1, 2)) * s.step) for j in range(1, s.top + 1)
+    )
 
 
 def all_p(s: Spec) -> np.ndarray:
@@ -88,20 +109,27 @@ def test_every_form_gives_every_code(bits):
         p, codes = all_p(s), exact_codes(s)
         assert adc.uniform_thresholds(s.mult, s.shift, s.zero, s.top) == exact_thresholds(s), s
         assert np.array_equal(adc.uniform_code(p, s.mult, s.shift, s.zero, s.top), codes), s
-        floats = adc.uniform_code_float(p.astype(np.float32), np.float32(s.mult), s.shift, np.float32(s.zero), s.top)
+        floats = adc.uniform_code_float(
+            p.astype(np.float32), np.float32(s.mult), s.shift, np.float32(s.zero), s.top
+        )
         assert floats.dtype == np.float32 and np.array_equal(floats, codes), s
         tp, tcodes = torch.from_numpy(p), torch.from_numpy(codes)
         assert torch.equal(adc.uniform_code(tp, s.mult, s.shift, s.zero, s.top), tcodes), s
-        tfloats = adc.uniform_code_float(tp.float(), torch.tensor(float(s.mult)), s.shift, torch.tensor(float(s.zero)), s.top)
+        tfloats = adc.uniform_code_float(
+            tp.float(), torch.tensor(float(s.mult)), s.shift, torch.tensor(float(s.zero)), s.top
+        )
         assert tfloats.dtype == torch.float32 and torch.equal(tfloats, tcodes.float()), s
 
 
 @pytest.mark.parametrize("s", [s for s in SPECS if s.bound == 945][::4], ids=str)
 def test_counting_thresholds_and_rounding_fractions_agree(s):
-    """`round` of a Fraction is half-to-even: it agrees with half-up only because no partial sum is on a tie."""
+    """`round` of a Fraction is half-to-even: it agrees with half-up only because no partial sum is
+    on a tie."""
     thresholds, codes = exact_thresholds(s), exact_codes(s)
     assert np.array_equal(adc.threshold_code(all_p(s), thresholds), codes)
-    assert torch.equal(adc.threshold_code(torch.from_numpy(all_p(s)), thresholds), torch.from_numpy(codes))
+    assert torch.equal(
+        adc.threshold_code(torch.from_numpy(all_p(s)), thresholds), torch.from_numpy(codes)
+    )
     rounded = [max(0, min(round(int(p) / s.step) + s.zero, s.top)) for p in all_p(s)]
     assert rounded == codes.tolist()
     assert [adc.uniform_code(int(p), s.mult, s.shift, s.zero, s.top) for p in all_p(s)] == rounded
@@ -109,8 +137,18 @@ def test_counting_thresholds_and_rounding_fractions_agree(s):
 
 def test_int32_holds_the_canonical_gain():
     for s in [s for s in SPECS if s.shift == adc.Q15]:
-        assert np.array_equal(adc.uniform_code(all_p(s).astype(np.int32), np.int32(s.mult), s.shift, np.int32(s.zero), s.top), exact_codes(s)), s
-        assert torch.equal(adc.uniform_code(torch.from_numpy(all_p(s)).int(), s.mult, s.shift, s.zero, s.top).long(), torch.from_numpy(exact_codes(s))), s
+        assert np.array_equal(
+            adc.uniform_code(
+                all_p(s).astype(np.int32), np.int32(s.mult), s.shift, np.int32(s.zero), s.top
+            ),
+            exact_codes(s),
+        ), s
+        assert torch.equal(
+            adc.uniform_code(
+                torch.from_numpy(all_p(s)).int(), s.mult, s.shift, s.zero, s.top
+            ).long(),
+            torch.from_numpy(exact_codes(s)),
+        ), s
 
 
 def test_no_partial_sum_is_on_a_tie():
@@ -136,7 +174,12 @@ def test_the_symmetric_code_book_is_odd_around_zero():
 
 
 def test_truth_table_of_the_docstring():
-    table = {**dict.fromkeys(range(-40, -6), 0), **dict.fromkeys(range(-6, -2), 1), **dict.fromkeys(range(-2, 3), 2), **dict.fromkeys(range(3, 40), 3)}
+    table = {
+        **dict.fromkeys(range(-40, -6), 0),
+        **dict.fromkeys(range(-6, -2), 1),
+        **dict.fromkeys(range(-2, 3), 2),
+        **dict.fromkeys(range(3, 40), 3),
+    }
     assert {p: adc.uniform_code(p, 8191, 15, 2, 3) for p in table} == table
     assert {p: adc.threshold_code(p, (-6, -2, 3)) for p in table} == table
     assert adc.uniform_thresholds(8191, 15, 2, 3) == (-6, -2, 3)
@@ -161,7 +204,9 @@ def test_snap_is_the_same_in_numpy_and_torch():
     mult = np.array([32767.0, 32767.0, 13107.0, 4519.0, 513.0, 243.0, 1.0])
     assert np.array_equal(adc.snap(steps, 15), mult)
     assert torch.equal(adc.snap(torch.from_numpy(steps), 15), torch.from_numpy(mult))
-    assert torch.equal(adc.snap(torch.from_numpy(steps).float(), 15), torch.from_numpy(mult).float())
+    assert torch.equal(
+        adc.snap(torch.from_numpy(steps).float(), 15), torch.from_numpy(mult).float()
+    )
 
 
 @pytest.mark.parametrize("mult", [1, 3, 243, 4519, 16383, 32765, 32767])
@@ -209,13 +254,27 @@ def test_uniform_value_of_a_tile_gain():
     assert adc.uniform_value(np.array([0, 8, 15]), 8, 3).tolist() == [-24, 0, 21]
 
 
-@pytest.mark.parametrize(("book", "codes", "zeros"), [("twos", [1, 3, 15, 255], [1, 2, 8, 128]), ("sign-magnitude", [0, 2, 14, 254], [0, 1, 7, 127]), ("unsigned", [1, 3, 15, 255], [0] * 4)])
+@pytest.mark.parametrize(
+    ("book", "codes", "zeros"),
+    [
+        ("twos", [1, 3, 15, 255], [1, 2, 8, 128]),
+        ("sign-magnitude", [0, 2, 14, 254], [0, 1, 7, 127]),
+        ("unsigned", [1, 3, 15, 255], [0] * 4),
+    ],
+)
 def test_code_books(book, codes, zeros):
     assert [adc.top_code(bits, book) for bits in (1, 2, 4, 8)] == codes
     assert [adc.default_zero(bits, book) for bits in (1, 2, 4, 8)] == zeros
 
 
 def test_shift_and_float32_bounds():
-    assert [adc.shift_for(p) for p in (0, 9, 16383, 16384, 32767, 32768)] == [15, 15, 15, 16, 16, 17]
+    assert [adc.shift_for(p) for p in (0, 9, 16383, 16384, 32767, 32768)] == [
+        15,
+        15,
+        15,
+        16,
+        16,
+        17,
+    ]
     assert adc.float32_exact(16383, 15, 8) and not adc.float32_exact(16384, 15, 4)
     assert adc.float32_exact(32767, 16, 7) and not adc.float32_exact(32767, 16, 8)

@@ -1,4 +1,5 @@
-"""What looks like a mistake is said at once and kept in the result; what cannot be right is refused."""
+"""What looks like a mistake is said at once and kept in the result; what cannot be right is
+refused."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def images(count: int, seed: int = 0, classes: int = 4) -> Images:
 
 
 def levels(scale: float, mean: float, std: float) -> nn.Module:
-    """A network that knows the class from the mean of an image, for pixels of this scale, mean and std: the nearest of four levels."""
+    """A network that knows the class from the mean of an image, for pixels of this scale, mean and
+    std: the nearest of four levels."""
     centres = torch.tensor([(60 * k + 12) * scale for k in range(4)]).sub(mean).div(std)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     model[1].weight.data = (centres[:, None] / 64).expand(4, 64).clone()
@@ -66,43 +68,69 @@ def warnings_of(model: nn.Module, data: Data = DATA, **given) -> tuple[str, ...]
     return rqtool.quantize(model, data, recipe=CALIBRATED, twin=False, **given).warnings
 
 
-# -- accuracy --------------------------------------------------------------------------------------------------------------
+# -- accuracy --------------------------------------------------------------------------------------
 def test_a_network_and_data_that_belong_together_cause_no_word():
     told = Told()
-    result = rqtool.quantize(levels(1 / 255, 0, 1), DATA, recipe=CALIBRATED, twin=False, progress=told)
+    result = rqtool.quantize(
+        levels(1 / 255, 0, 1), DATA, recipe=CALIBRATED, twin=False, progress=told
+    )
     assert (result.float_top1, result.warnings) == (100, ())
     assert "float model: top-1 100.00 %" in told.lines
 
 
 @pytest.mark.parametrize(
-    ("scale", "mean", "std"), [(1 / 255, 0.5, 0.5), (1 / 255, 0.1307, 0.3081), (1.0, 0, 1)], ids=["from -1 to 1", "MNIST", "from 0 to 255"]
+    ("scale", "mean", "std"),
+    [(1 / 255, 0.5, 0.5), (1 / 255, 0.1307, 0.3081), (1.0, 0, 1)],
+    ids=["from -1 to 1", "MNIST", "from 0 to 255"],
 )
 def test_forgotten_pixels_are_named(scale, mean, std):
     """Several readings may be right on all images; each of them is a way out."""
     told = Told()
-    result = rqtool.quantize(levels(scale, mean, std), DATA, recipe=CALIBRATED, twin=False, progress=told)
+    result = rqtool.quantize(
+        levels(scale, mean, std), DATA, recipe=CALIBRATED, twin=False, progress=told
+    )
     (sentence,) = [s for s in result.warnings if "with the pixels as they are given" in s]
-    first = r"on 400 training images the float model has top-1 ([\d.]+) % with the pixels as they are given, but ([\d.]+) % with (.+)"
+    first = (
+        r"on 400 training images the float model has top-1 ([\d.]+) % with "
+        r"the pixels as they are given, but ([\d.]+) % with (.+)"
+    )
     found = re.fullmatch(first + "; if it was trained so, give (.+)", sentence)
     assert found and float(found[1]) <= 75 and float(found[2]) == 100
     flags = dict(zip(*[iter(found[4].split())] * 2))
-    pixels = {key[2:]: float(v) if key == "--scale" else tuple(map(float, v.split(","))) for key, v in flags.items()}
-    assert rqtool.quantize(levels(scale, mean, std), DATA, recipe=CALIBRATED, twin=False, preprocess=pixels).float_top1 == 100
+    pixels = {
+        key[2:]: float(v) if key == "--scale" else tuple(map(float, v.split(",")))
+        for key, v in flags.items()
+    }
+    assert (
+        rqtool.quantize(
+            levels(scale, mean, std), DATA, recipe=CALIBRATED, twin=False, preprocess=pixels
+        ).float_top1
+        == 100
+    )
     assert told.lines.index(f"warning: {sentence}") < told.lines.index("calibration: ")
-    assert not warnings_of(levels(scale, mean, std), preprocess={"scale": scale, "mean": (mean,), "std": (std,)})
+    assert not warnings_of(
+        levels(scale, mean, std), preprocess={"scale": scale, "mean": (mean,), "std": (std,)}
+    )
 
 
 def test_floats_from_0_to_255_for_a_network_of_0_to_1():
-    wide = Data("levels", *(Images(p.x.astype(np.float32), p.y) for p in (DATA.train, DATA.test)), 4)
+    wide = Data(
+        "levels", *(Images(p.x.astype(np.float32), p.y) for p in (DATA.train, DATA.test)), 4
+    )
     (sentence,) = [s for s in warnings_of(levels(1 / 255, 0, 1), wide) if "as they are given" in s]
-    assert sentence.endswith("but 100.00 % with values from 0 to 1; if it was trained so, give --scale 0.0039215686")
+    assert sentence.endswith(
+        "but 100.00 % with values from 0 to 1; if it was trained so, give --scale 0.0039215686"
+    )
 
 
 def test_floats_from_0_to_1_that_are_scaled_once_more():
-    unit = Data("levels", *(Images((p.x / 255).astype(np.float32), p.y) for p in (DATA.train, DATA.test)), 4)
+    unit = Data(
+        "levels", *(Images((p.x / 255).astype(np.float32), p.y) for p in (DATA.train, DATA.test)), 4
+    )
     sentence = warnings_of(levels(1 / 255, 0, 1), unit, preprocess={"scale": 1 / 255})[0]
     assert sentence == (
-        "levels: pixels from 0 to 0.8 are all within 0.0031 of each other for the network (--scale 0.00392157); "
+        "levels: pixels from 0 to 0.8 are all within 0.0031 of each other "
+        "for the network (--scale 0.00392157); "
         "give the --scale that the model was trained with, for example 1.25"
     )
 
@@ -112,20 +140,30 @@ def test_a_network_at_chance():
     model[1].weight.data.zero_()
     sentences = warnings_of(model)
     assert sentences == (
-        "the float model has top-1 25.00 % on 200 images, no better than always naming the most frequent class (25.00 %); "
+        "the float model has top-1 25.00 % on 200 images, no better than "
+        "always naming the most frequent class (25.00 %); "
         "check that weights, --arch, labels and pixels (--mean, --std, --scale) belong together",
     )
     y = np.array([0] * 90 + [1] * 10)
     assert "always naming the most frequent class (90.00 %)" in suspicions.of_chance(92.0, y, 2)[0]
-    assert suspicions.of_chance(99.0, y, 2) == [] and suspicions.of_chance(50.0, np.arange(1000) % 10, 10) == []
+    assert (
+        suspicions.of_chance(99.0, y, 2) == []
+        and suspicions.of_chance(50.0, np.arange(1000) % 10, 10) == []
+    )
 
 
 def test_calibration_that_mends_too_much():
     assert suspicions.of_gain(23.55, 55.45, 1000) == [
-        "the calibrated network has top-1 55.45 %, the float model only 23.55 % (1000 images): calibration mends what came in wrong; "
+        "the calibrated network has top-1 55.45 %, the float model only "
+        "23.55 % (1000 images): calibration mends what came in wrong; "
         "check pixels (--mean, --std, --scale), weights and batch norm statistics"
     ]
-    assert suspicions.of_gain(85.0, 86.0, 1000) == suspicions.of_gain(100, 100, 10) == suspicions.of_gain(0, 0, 10) == []
+    assert (
+        suspicions.of_gain(85.0, 86.0, 1000)
+        == suspicions.of_gain(100, 100, 10)
+        == suspicions.of_gain(0, 0, 10)
+        == []
+    )
 
 
 def test_images_on_their_side_are_noticed():
@@ -139,7 +177,10 @@ def test_images_on_their_side_are_noticed():
     model[1].weight.data = torch.stack([above, 1 - above])
     data = Data("halves", Images(x[:200, None], y[:200]), Images(x[200:, None], y[200:]), 2)
     (sentence,) = [s for s in warnings_of(model, data) if "exchanged" in s]
-    assert sentence.endswith("but 100.00 % with rows and columns exchanged; if it was trained so, save the images in that order")
+    assert sentence.endswith(
+        "but 100.00 % with rows and columns exchanged; if it was trained so, "
+        "save the images in that order"
+    )
 
 
 def test_better_is_beyond_chance():
@@ -149,14 +190,24 @@ def test_better_is_beyond_chance():
     assert suspicions.better(right, {}) is None
 
 
-# -- labels and images -----------------------------------------------------------------------------------------------------
+# -- labels and images -----------------------------------------------------------------------------
 def test_labels_from_one_are_refused(tmp_path):
-    data = replace(DATA, train=Images(DATA.train.x, DATA.train.y + 1), test=Images(DATA.test.x, DATA.test.y + 1), classes=5)
-    sentence = "levels: labels run from 1 to 4, but the model's 4 classes are numbered from 0; subtract 1 from the labels"
+    data = replace(
+        DATA,
+        train=Images(DATA.train.x, DATA.train.y + 1),
+        test=Images(DATA.test.x, DATA.test.y + 1),
+        classes=5,
+    )
+    sentence = (
+        "levels: labels run from 1 to 4, but the model's 4 classes are "
+        "numbered from 0; subtract 1 from the labels"
+    )
     with pytest.raises(InputError) as e:
         rqtool.quantize(levels(1 / 255, 0, 1), data, recipe=CALIBRATED)
     assert str(e.value) == sentence
-    rqtool.quantize(levels(1 / 255, 0, 1), DATA, out=tmp_path / "m.rq", recipe=CALIBRATED, twin=False)
+    rqtool.quantize(
+        levels(1 / 255, 0, 1), DATA, out=tmp_path / "m.rq", recipe=CALIBRATED, twin=False
+    )
     with pytest.raises(InputError) as e:
         rqtool.evaluate(tmp_path / "m.rq", data)
     assert str(e.value) == sentence
@@ -164,17 +215,23 @@ def test_labels_from_one_are_refused(tmp_path):
 
 def test_labels_of_one_class():
     test = Images(DATA.test.x, DATA.test.y * 0 + 3)
-    assert "levels: all 200 test images have the label 3; check the labels, or give images of every class" in warnings_of(levels(1 / 255, 0, 1), replace(DATA, test=test))
+    assert (
+        "levels: all 200 test images have the label 3; check the labels, or "
+        "give images of every class" in warnings_of(levels(1 / 255, 0, 1), replace(DATA, test=test))
+    )
 
 
 def test_classes_that_are_missing():
     known = DATA.train.y != 2
     data = replace(DATA, train=Images(DATA.train.x[known], DATA.train.y[known]))
     assert warnings_of(levels(1 / 255, 0, 1), data) == (
-        "levels: 1 of the model's 4 classes has no training image (2); check that the data set is the one the model was trained for",
+        "levels: 1 of the model's 4 classes has no training image (2); check "
+        "that the data set is the one the model was trained for",
     )
     assert suspicions.of_labels("d", "val", np.arange(30) % 3, 1000) == [
-        "d: 997 of the model's 1000 classes have no val image (3, 4, 5, 6, 7 and 992 more); check that the data set is the one the model was trained for"
+        "d: 997 of the model's 1000 classes have no val image (3, 4, 5, 6, 7 "
+        "and 992 more); check that the data set is the one the model was "
+        "trained for"
     ]
 
 
@@ -182,7 +239,8 @@ def test_images_without_a_picture():
     x = DATA.train.x.copy()
     x[[3, 8]] = 9
     assert warnings_of(levels(1 / 255, 0, 1), replace(DATA, train=Images(x, DATA.train.y))) == (
-        "levels: 2 of 400 training images have the same value everywhere; check how the images were made, or leave them out",
+        "levels: 2 of 400 training images have the same value everywhere; "
+        "check how the images were made, or leave them out",
     )
     assert suspicions.of_constant("d", "test", np.zeros((3, 1), np.uint8)) == []
 
@@ -191,11 +249,12 @@ def test_images_that_are_in_both_parts():
     x = DATA.test.x.copy()
     x[:2] = DATA.train.x[:2]
     assert warnings_of(levels(1 / 255, 0, 1), replace(DATA, test=Images(x, DATA.test.y))) == (
-        "levels: 2 of 200 test images are training images too, so that top-1 also counts what was learnt by heart; leave them out of one part",
+        "levels: 2 of 200 test images are training images too, so that top-1 "
+        "also counts what was learnt by heart; leave them out of one part",
     )
 
 
-# -- too few images --------------------------------------------------------------------------------------------------------
+# -- too few images --------------------------------------------------------------------------------
 def features(count: int) -> Data:
     y = np.arange(count) % 2
     x = (np.random.default_rng(0).integers(0, 100, (count, 16)) + 100 * y[:, None]).astype(np.uint8)
@@ -210,9 +269,24 @@ def normed() -> nn.Module:
 @pytest.mark.parametrize(
     ("count", "held", "sentence"),
     [
-        (1, None, "few: has 1 training image, of which 1 is held out; batch norm needs two to measure a variance, so give at least 3"),
-        (2, None, "few: has 2 training images, of which 1 is held out; batch norm needs two to measure a variance, so give at least 3"),
-        (6, 5, "few: has 6 training images, of which 5 are held out; batch norm needs two to measure a variance, so give at least 7"),
+        (
+            1,
+            None,
+            "few: has 1 training image, of which 1 is held out; batch norm needs "
+            "two to measure a variance, so give at least 3",
+        ),
+        (
+            2,
+            None,
+            "few: has 2 training images, of which 1 is held out; batch norm "
+            "needs two to measure a variance, so give at least 3",
+        ),
+        (
+            6,
+            5,
+            "few: has 6 training images, of which 5 are held out; batch norm "
+            "needs two to measure a variance, so give at least 7",
+        ),
     ],
 )
 def test_too_few_images_are_refused(count, held, sentence):
@@ -222,14 +296,25 @@ def test_too_few_images_are_refused(count, held, sentence):
 
 
 def test_three_images_are_enough_for_batch_norm_and_two_without():
-    assert rqtool.quantize(normed(), features(3), recipe=Recipe(epochs=1), twin=False).train_images == 2
-    assert rqtool.quantize(nn.Linear(16, 2), features(2), recipe=Recipe(epochs=1), twin=False).train_images == 1
+    assert (
+        rqtool.quantize(normed(), features(3), recipe=Recipe(epochs=1), twin=False).train_images
+        == 2
+    )
+    assert (
+        rqtool.quantize(
+            nn.Linear(16, 2), features(2), recipe=Recipe(epochs=1), twin=False
+        ).train_images
+        == 1
+    )
     with pytest.raises(InputError) as e:
         rqtool.quantize(nn.Linear(16, 2), features(1), recipe=CALIBRATED)
-    assert str(e.value) == "few: has 1 training image, of which 1 is held out; one is needed to calibrate on, so give at least 2"
+    assert (
+        str(e.value) == "few: has 1 training image, of which 1 is held out; one is needed to "
+        "calibrate on, so give at least 2"
+    )
 
 
-# -- the shell -------------------------------------------------------------------------------------------------------------
+# -- the shell -------------------------------------------------------------------------------------
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """train and val folders of class folders, images of many sizes, a network for 8x8 pixels."""
@@ -270,17 +355,43 @@ def test_val_folders_and_sizes_from_the_shell(folder, capsys):
 
 def test_what_is_not_read_is_a_warning(folder, capsys):
     (folder / "ds" / "train" / "a" / "notes.txt").write_text("x")
-    assert run(["quantize", "m.pt", "--data", "ds", "--epochs", "0", "--no-twin", "--resize", "8", "--crop", "8"]) == 0
-    assert "warning: ds/train: 1 file in class folders is not read, being no image (" in capsys.readouterr().err
+    assert (
+        run(
+            [
+                "quantize",
+                "m.pt",
+                "--data",
+                "ds",
+                "--epochs",
+                "0",
+                "--no-twin",
+                "--resize",
+                "8",
+                "--crop",
+                "8",
+            ]
+        )
+        == 0
+    )
+    assert (
+        "warning: ds/train: 1 file in class folders is not read, being no image ("
+        in capsys.readouterr().err
+    )
     assert run(["eval", "m.rq", "--data", "ds"]) == 0
-    assert "warning: ds/train: 1 file in class folders is not read, being no image (" in capsys.readouterr().err
+    assert (
+        "warning: ds/train: 1 file in class folders is not read, being no image ("
+        in capsys.readouterr().err
+    )
 
 
 def test_only_image_files_are_resized(folder):
     np.savez("d.npz", x=DATA.train.x, y=DATA.train.y)
     with pytest.raises(ConfigError) as e:
         rqtool.quantize("m.pt", "d.npz", preprocess={"crop": 8})
-    assert str(e.value) == "--crop is for folders of image files, but d.npz holds arrays; leave it out, and resize the arrays themselves"
+    assert (
+        str(e.value) == "--crop is for folders of image files, but d.npz holds arrays; leave "
+        "it out, and resize the arrays themselves"
+    )
 
 
 def test_a_sentence_is_said_once():

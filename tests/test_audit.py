@@ -14,6 +14,7 @@ from rqtool.model import audit
 from rqtool.model.graph import Graph, Node
 from rqtool.model.network import Conv, Network
 
+
 def weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape))
 
@@ -52,24 +53,44 @@ def test_counts_are_those_worked_by_hand(name):
 
 def test_layers_of_a_graph_are_counted_by_name():
     network = captured("sequential")[1]
-    assert audit.layer_macs(network.graph) == {"0": 18 * 5 * 64, "4": 45 * 6 * 4, "7": 24 * 7, "9": 7 * 4}
+    assert audit.layer_macs(network.graph) == {
+        "0": 18 * 5 * 64,
+        "4": 45 * 6 * 4,
+        "7": 24 * 7,
+        "9": 7 * 4,
+    }
 
 
 @pytest.mark.parametrize("name", STYLES)
 def test_every_style_is_covered_whole(name):
     model, network = captured(name)
-    assert sum(audit.layer_macs(network.graph).values()) == audit.weight_macs(model, STYLES[name].shape) > 0
+    assert (
+        sum(audit.layer_macs(network.graph).values())
+        == audit.weight_macs(model, STYLES[name].shape)
+        > 0
+    )
 
 
 def half_a_network(conv: nn.Linear) -> Network:
     geometry = Geometry(conv.in_features, conv.out_features, kind="linear")
-    node = Node("a", "conv", ("input",), (conv.out_features,), {"geometry": geometry.to_dict()}, "a")
-    return Network(Graph("input", (conv.in_features,), "a", (node,)), {"a": Conv(geometry, conv.weight, conv.bias)})
+    node = Node(
+        "a", "conv", ("input",), (conv.out_features,), {"geometry": geometry.to_dict()}, "a"
+    )
+    return Network(
+        Graph("input", (conv.in_features,), "a", (node,)),
+        {"a": Conv(geometry, conv.weight, conv.bias)},
+    )
 
 
 SILENT = {
-    "matmul": (lambda a: Model(lambda m, x: m.a(x) @ m.w, a=a, w=weight(100, 20)), "600 of the model's 2,600"),
-    "computed weight": (lambda a: Model(lambda m, x: F.linear(m.a(x), m.w.tanh()), a=a, w=weight(3, 100)), "600 of the model's 900"),
+    "matmul": (
+        lambda a: Model(lambda m, x: m.a(x) @ m.w, a=a, w=weight(100, 20)),
+        "600 of the model's 2,600",
+    ),
+    "computed weight": (
+        lambda a: Model(lambda m, x: F.linear(m.a(x), m.w.tanh()), a=a, w=weight(3, 100)),
+        "600 of the model's 900",
+    ),
     "used twice": (lambda a: Model(lambda m, x: m.a(x) + m.a(-x), a=a), "600 of the model's 1,200"),
     "not used": (lambda a: Model(lambda m, x: x, a=a), "600 of the model's 0"),
 }
@@ -82,6 +103,8 @@ def test_work_that_a_graph_leaves_out_is_refused(name):
     with pytest.raises(CoverageError) as e:
         audit.check(build(a), half_a_network(a), (6,))
     assert str(e.value) == (
-        f"{counts} weight-bearing multiply-accumulates are in layers that a macro can hold; the rest would stay outside silently, so write them as convolutions or linear layers"
+        f"{counts} weight-bearing multiply-accumulates are in layers that a "
+        "macro can hold; the rest would stay outside silently, so write them "
+        "as convolutions or linear layers"
     )
     assert e.value.exit_code == 4

@@ -1,4 +1,5 @@
-"""The documents of the command line say what it does: help pages, plans and presets word for word, every command at least spelled right."""
+"""The documents of the command line say what it does: help pages, plans and presets word for word,
+every command at least spelled right."""
 
 from __future__ import annotations
 
@@ -14,8 +15,17 @@ from rqtool.cli import main
 from rqtool.cli.main import COMMANDS, run
 
 CLI, README = REPOSITORY / "docs" / "cli.md", REPOSITORY / "README.md"
-SHOWN = [(path, command, output) for path in (CLI, README) for block in blocks(path, "console") for command, output in commands(block)]
-EXACT = [(command, output) for _, command, output in SHOWN if "--help" in command or command.split()[1] in ("plan", "presets")]
+SHOWN = [
+    (path, command, output)
+    for path in (CLI, README)
+    for block in blocks(path, "console")
+    for command, output in commands(block)
+]
+EXACT = [
+    (command, output)
+    for _, command, output in SHOWN
+    if "--help" in command or command.split()[1] in ("plan", "presets")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +47,10 @@ def test_every_command_that_is_shown_can_be_parsed(command):
 
 
 def test_every_command_has_its_help_page():
-    assert [command for path, command, _ in SHOWN if path == CLI] == ["rqtool --help", *(f"rqtool {name} --help" for name in COMMANDS)]
+    assert [command for path, command, _ in SHOWN if path == CLI] == [
+        "rqtool --help",
+        *(f"rqtool {name} --help" for name in COMMANDS),
+    ]
 
 
 def test_the_readme_names_every_document():
@@ -48,7 +61,11 @@ def test_the_readme_names_every_document():
 def test_the_exit_codes_are_those_of_the_errors():
     from rqtool import errors
 
-    codes = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.RqError)}
+    codes = {
+        e.exit_code
+        for e in vars(errors).values()
+        if isinstance(e, type) and issubclass(e, errors.RqError)
+    }
     text = CLI.read_text(encoding="utf-8")
     assert not [code for code in codes if f"\n| {code} |" not in text]
 
@@ -58,8 +75,14 @@ def test_refreshing_a_document_changes_outputs_only(monkeypatch):
     monkeypatch.delitem(sys.modules, "refresh_docs", raising=False)
     import refresh_docs
 
-    old = "text\n```console\n$ rqtool --version\nold\nlines\n$ ls\nfile\n$ rqtool plan demo --wl 4096 --adc-bits 1\n```\nmore\n"
+    old = (
+        "text\n```console\n$ rqtool --version\nold\nlines\n$ ls\nfile\n$ "
+        "rqtool plan demo --wl 4096 --adc-bits 1\n```\nmore\n"
+    )
     new = refresh_docs.refreshed(old)
-    (version, listing, plan), before = commands(Block(Path("a.md"), 1, "console", new.split("```")[1].removeprefix("console\n"))), old.split("```")
+    (version, listing, plan), before = (
+        commands(Block(Path("a.md"), 1, "console", new.split("```")[1].removeprefix("console\n"))),
+        old.split("```"),
+    )
     assert (version, listing) == (("rqtool --version", "rqtool 0.1.0\n"), ("ls", "file\n"))
     assert plan[1].startswith("model  demo\n") and new.split("```")[::2] == before[::2]

@@ -1,4 +1,5 @@
-"""What calibration makes good: columns give what the float network's give, whatever the network, its norms and the order of its data."""
+"""What calibration makes good: columns give what the float network's give, whatever the network,
+its norms and the order of its data."""
 
 from __future__ import annotations
 
@@ -24,14 +25,20 @@ from rqtool.train.rounding import Moments, moments, rounded
 EIGHT = rqtool.Macro(in_bits=8, w_bits=8, adc_bits=None)
 
 
-# -- one norm ------------------------------------------------------------------------------------------------------------
+# -- one norm --------------------------------------------------------------------------------------
 def test_a_norm_fitted_by_hand():
-    """y = 0, 2, 4, 6 (mean 3, variance 5); want = 10, 13, 17, 20 (mean 15, variance 14.5): slope 8.5 / 5 = 1.7, or sqrt(14.5 / 5) = 1.703."""
-    y, want = torch.tensor([0.0, 2, 4, 6]).view(4, 1, 1, 1), torch.tensor([10.0, 13, 17, 20]).view(4, 1, 1, 1)
+    """y = 0, 2, 4, 6 (mean 3, variance 5); want = 10, 13, 17, 20 (mean 15, variance 14.5): slope
+    8.5 / 5 = 1.7, or sqrt(14.5 / 5) = 1.703."""
+    y, want = (
+        torch.tensor([0.0, 2, 4, 6]).view(4, 1, 1, 1),
+        torch.tensor([10.0, 13, 17, 20]).view(4, 1, 1, 1),
+    )
     for fit, slope in (("least-squares", 1.7), ("variance", 2.9**0.5)):
         norm = nn.BatchNorm2d(1).eval()
         fit_norm(norm, y, want, fit)
-        assert norm(y).flatten().tolist() == pytest.approx([15 - 3 * slope, 15 - slope, 15 + slope, 15 + 3 * slope], abs=1e-5)
+        assert norm(y).flatten().tolist() == pytest.approx(
+            [15 - 3 * slope, 15 - slope, 15 + slope, 15 + 3 * slope], abs=1e-5
+        )
         assert (norm.running_mean.item(), norm.running_var.item(), norm.bias.item()) == (3, 5, 15)
 
 
@@ -39,7 +46,9 @@ def test_a_channel_that_does_not_vary_keeps_its_slope():
     y = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]]).view(3, 2, 1, 1)
     norm = ColumnNorm(2, static=False).eval()
     fit_norm(norm, y, torch.full_like(y, 7.0), "least-squares")
-    assert norm(y / norm.unit.float())[:, 0].flatten().tolist() == pytest.approx([5, 7, 9], abs=1e-5)
+    assert norm(y / norm.unit.float())[:, 0].flatten().tolist() == pytest.approx(
+        [5, 7, 9], abs=1e-5
+    )
     assert norm(y / norm.unit.float())[:, 1].flatten().tolist() == [7, 7, 7]
 
 
@@ -55,7 +64,8 @@ def test_a_column_s_unit_makes_any_scale_alike(seed, size):
 
 
 def test_a_norm_gives_the_same_in_training_on_the_images_it_was_fitted_to():
-    """Batch statistics instead of the kept ones do not change the function, so the float model's are not lost when training begins."""
+    """Batch statistics instead of the kept ones do not change the function, so the float model's
+    are not lost when training begins."""
     torch.manual_seed(0)
     y, want = torch.randn(64, 4, 3, 3), torch.randn(64, 4, 3, 3)
     norm = nn.BatchNorm2d(4)
@@ -63,7 +73,7 @@ def test_a_norm_gives_the_same_in_training_on_the_images_it_was_fitted_to():
     assert torch.allclose(deepcopy(norm).train()(y), norm.eval()(y), atol=1e-5)
 
 
-# -- weights -------------------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 def test_weights_are_rounded_for_their_sum():
     """Two inputs that are always equal: .5 + .5 is one whole weight, not two that were rounded up."""
     gram = torch.ones(1, 2, 2, dtype=torch.float64)
@@ -77,7 +87,13 @@ def test_moments_are_those_of_all_positions():
     g = Geometry(4, 6, kernel=(3, 3), stride=(2, 1), groups=2)
     x, y = torch.randint(0, 16, (10, 4, 7, 6)).float(), torch.randn(10, 6, 3, 4)
     found = moments(x, y, g, slice(None))
-    u = nn.functional.unfold(x, (3, 3), stride=(2, 1)).view(10, 2, 18, 12).permute(1, 2, 0, 3).reshape(2, 18, -1).double()
+    u = (
+        nn.functional.unfold(x, (3, 3), stride=(2, 1))
+        .view(10, 2, 18, 12)
+        .permute(1, 2, 0, 3)
+        .reshape(2, 18, -1)
+        .double()
+    )
     v = y.view(10, 2, 3, 12).permute(1, 2, 0, 3).reshape(2, 3, -1).double()
     u, v = u - u.mean(2, keepdim=True), v - v.mean(2, keepdim=True)
     assert torch.allclose(found.gram, u @ u.transpose(1, 2) / 120, atol=1e-4)
@@ -101,12 +117,15 @@ def test_rounded_weights_are_whole_and_give_a_better_output(rows):
     assert errors["learned"] < errors["nearest"]
 
 
-# -- networks ------------------------------------------------------------------------------------------------------------
+# -- networks --------------------------------------------------------------------------------------
 def lights(y: np.ndarray, seed: int) -> Images:
     """Class 0: brightness 60 to 85, class 1: 95 to 120."""
     g = np.random.default_rng(seed)
     level = np.where(y == 0, g.integers(60, 86, len(y)), g.integers(95, 121, len(y)))
-    return Images((level[:, None, None, None] + g.integers(-4, 5, (len(y), 1, 8, 8))).astype(np.uint8), y.astype(np.int64))
+    return Images(
+        (level[:, None, None, None] + g.integers(-4, 5, (len(y), 1, 8, 8))).astype(np.uint8),
+        y.astype(np.int64),
+    )
 
 
 def brightness() -> nn.Module:
@@ -127,26 +146,39 @@ TEST = lights(np.arange(400) % 2, 1)
 
 def test_the_float_model_s_statistics_are_not_thrown_away():
     train = lights((np.arange(400) % 10 != 0) * 1, 0)
-    result = rqtool.quantize(brightness(), Data("few", train, TEST, 2), EIGHT, recipe=Recipe(epochs=0), twin=False)
+    result = rqtool.quantize(
+        brightness(), Data("few", train, TEST, 2), EIGHT, recipe=Recipe(epochs=0), twin=False
+    )
     assert (result.float_top1, result.tuned_top1) == (100, 100)
 
 
 def test_sorted_images_are_as_good_as_shuffled_ones():
     train = lights(np.arange(6000) % 2, 0)
     for part in (train, train[np.argsort(train.y, kind="stable")]):
-        result = rqtool.quantize(brightness(), Data("some", part, TEST, 2), EIGHT, recipe=Recipe(epochs=0, held_out=200), twin=False)
+        result = rqtool.quantize(
+            brightness(),
+            Data("some", part, TEST, 2),
+            EIGHT,
+            recipe=Recipe(epochs=0, held_out=200),
+            twin=False,
+        )
         assert (result.float_top1, result.tuned_top1) == (100, 100)
 
 
-@given(st.integers(0, 1000), st.lists(st.integers(1, 30), min_size=2, max_size=5), st.integers(1, 60))
+@given(
+    st.integers(0, 1000), st.lists(st.integers(1, 30), min_size=2, max_size=5), st.integers(1, 60)
+)
 @settings(max_examples=50, deadline=None)
 def test_a_sample_is_drawn_from_all_images_and_is_even_over_classes(seed, counts, count):
-    """No class is more than one image ahead of another that still has some; no image comes twice; a seed draws the same; a part is a start."""
+    """No class is more than one image ahead of another that still has some; no image comes twice; a
+    seed draws the same; a part is a start."""
     y = np.repeat(np.arange(len(counts)), counts)
     feed = Feed(Images(np.zeros((len(y), 1), np.uint8), y), np.ones(1), np.zeros(1))
     drawn = feed.sample(count, seed)
     assert len(drawn) == len(set(drawn)) == min(count, len(y))
-    assert np.array_equal(drawn, feed.sample(count, seed)) and np.array_equal(drawn[:5], feed.sample(min(5, count), seed))
+    assert np.array_equal(drawn, feed.sample(count, seed)) and np.array_equal(
+        drawn[:5], feed.sample(min(5, count), seed)
+    )
     found = np.bincount(y[drawn], minlength=len(counts))
     open_classes = [n for n, most in zip(found, counts) if n < most]
     assert not open_classes or max(found) - min(open_classes) <= 1
@@ -160,15 +192,30 @@ def test_the_order_of_the_data_does_not_choose_the_sample():
     assert 200 < places.mean() < 300 and places.min() < 25 and places.max() > 475
 
 
-# -- batch norm folded away ------------------------------------------------------------------------------------------------
+# -- batch norm folded away ------------------------------------------------------------------------
 def block(channels: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.BatchNorm2d(channels), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+    )
 
 
 @torch.no_grad()
 def test_a_network_with_its_batch_norm_folded_is_as_near_to_float():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *block(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), *block(8), nn.Flatten(), nn.Linear(8 * 64, 5))
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        *block(8),
+        nn.Conv2d(8, 8, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        *block(8),
+        nn.Flatten(),
+        nn.Linear(8 * 64, 5),
+    )
     for m in model:
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, 0.2, 2)

@@ -1,4 +1,5 @@
-"""What the documents show is run: python blocks of the Markdown files, doctests of every module, links."""
+"""What the documents show is run: python blocks of the Markdown files, doctests of every module,
+links."""
 
 from __future__ import annotations
 
@@ -13,8 +14,17 @@ from doc_blocks import Block, blocks, commands, run_python
 
 from rqtool.hardware.macro import FIELDS, flag, preset_names
 
-DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "examples").rglob("*.md")])
-MODULES = sorted(".".join(p.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__") for p in (REPOSITORY / "rqtool").rglob("*.py"))
+DOCUMENTS = sorted(
+    [
+        *REPOSITORY.glob("*.md"),
+        *(REPOSITORY / "docs").rglob("*.md"),
+        *(REPOSITORY / "examples").rglob("*.md"),
+    ]
+)
+MODULES = sorted(
+    ".".join(p.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+    for p in (REPOSITORY / "rqtool").rglob("*.py")
+)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(REPOSITORY)))
@@ -48,7 +58,11 @@ def test_the_hardware_page_lists_every_field_and_preset():
 
 def test_the_helper_finds_blocks_and_checks_them(tmp_path):
     path = tmp_path / "a.md"
-    path.write_text("text\n```python\nx = 2\n```\n```console\n$ a\nb\n```\n```python\n>>> x + 1\n3\n>>> x\n3\n```\n", encoding="utf-8")
+    path.write_text(
+        "text\n```python\nx = 2\n```\n```console\n$ "
+        "a\nb\n```\n```python\n>>> x + 1\n3\n>>> x\n3\n```\n",
+        encoding="utf-8",
+    )
     script, session = blocks(path, "python")
     assert (script.line, script.text, session.line) == (3, "x = 2\n", 10)
     assert [commands(block) for block in blocks(path, "console")] == [[("a", "b\n")]]

@@ -1,4 +1,5 @@
-"""Fine-tuning: a toy problem gets better through the ADC, the same bits for the same seed, and held-out images decide."""
+"""Fine-tuning: a toy problem gets better through the ADC, the same bits for the same seed, and
+held-out images decide."""
 
 from __future__ import annotations
 
@@ -19,7 +20,22 @@ from rqtool.model.network import Network
 from rqtool.train import finetune as module
 from rqtool.train.calibrate import calibrate
 from rqtool.train.distill import Teacher
-from rqtool.train.finetune import Candidate, Feed, Recipe, Run, batch_order, consider, consider_norms, finetune, fitting, optimizer, rate, steps_per_epoch, temperature, top1
+from rqtool.train.finetune import (
+    Candidate,
+    Feed,
+    Recipe,
+    Run,
+    batch_order,
+    consider,
+    consider_norms,
+    finetune,
+    fitting,
+    optimizer,
+    rate,
+    steps_per_epoch,
+    temperature,
+    top1,
+)
 from rqtool.train.relax import MODES
 from rqtool.train.rewrite import read_layers, rewrite
 
@@ -45,7 +61,15 @@ TRAIN, HELD = toy(320, 1), toy(200, 2)
 def float_network() -> Network:
     """A float network that has learned the patterns."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.1), nn.Linear(54, 4))
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(54, 4),
+    )
     optim = torch.optim.AdamW(model.parameters(), 1e-2)
     for n in range(60):
         part = slice(32 * (n % 10), 32 * (n % 10) + 32)
@@ -80,15 +104,27 @@ RECIPE = Recipe(epochs=4, batch=32, lr=1e-2, norm_images=300)
 WORST = Candidate("worst", -1.0, 1e9, {})
 
 
-# -- what comes out ------------------------------------------------------------------------------------------------------
+# -- what comes out --------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("macro", [FEW_BITS, Macro(adc_bits=2, in_bits=2, w_bits=3, sign_scheme="split", granularity="column"), Macro(levels="free", adc_bits=2, in_bits=2, w_bits=2)], ids=Macro.describe)
+@pytest.mark.parametrize(
+    "macro",
+    [
+        FEW_BITS,
+        Macro(adc_bits=2, in_bits=2, w_bits=3, sign_scheme="split", granularity="column"),
+        Macro(levels="free", adc_bits=2, in_bits=2, w_bits=2),
+    ],
+    ids=Macro.describe,
+)
 def test_a_toy_problem_gets_better(mode, macro):
     network, before, best = tuned(replace(RECIPE, mode=mode), macro)
     assert best.top1 >= before.top1 + 2
-    assert best.loss < before.loss or mode == "gumbel"  # candidates are chosen by top-1, and its soft codes are far from the hard ones at 2 bits
+    assert (
+        best.loss < before.loss or mode == "gumbel"
+    )  # candidates are chosen by top-1, and its soft codes are far from the hard ones at 2 bits
     assert top1(network, HELD) == (best.top1, best.loss)  # the network is left in the best state
-    assert not network.training and all(layer.relaxation is None for layer in read_layers(network).values())
+    assert not network.training and all(
+        layer.relaxation is None for layer in read_layers(network).values()
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -108,19 +144,36 @@ def test_a_large_seed_is_a_seed():
 def test_no_epochs_leave_the_calibrated_network():
     network, before, best = tuned(replace(RECIPE, epochs=0))
     assert best is before
-    assert all(torch.equal(value, network.state_dict()[name]) for name, value in before.state.items())
+    assert all(
+        torch.equal(value, network.state_dict()[name]) for name, value in before.state.items()
+    )
 
 
-STATIC = {f"layers.6.norm.{name}" for name in ("unit", "running_mean", "running_var", "num_batches_tracked")}  # of the scores
+STATIC = {
+    f"layers.6.norm.{name}"
+    for name in ("unit", "running_mean", "running_var", "num_batches_tracked")
+}  # of the scores
 
 
-@pytest.mark.parametrize("macro", [FEW_BITS, replace(FEW_BITS, levels="free", granularity="column")], ids=Macro.describe)
+@pytest.mark.parametrize(
+    "macro", [FEW_BITS, replace(FEW_BITS, levels="free", granularity="column")], ids=Macro.describe
+)
 def test_every_parameter_that_can_learn_does(macro):
     network = started(macro)
     start = deepcopy(network.state_dict())
     finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), WORST)
-    unchanged = {name for name, value in network.state_dict().items() if torch.equal(value, start[name])}
-    assert unchanged <= {f"layers.{layer}.{role}" for layer in "06" for role in ("zero", "real_zero", "input.zero", "levels", "thresholds")} | STATIC  # integers need not move
+    unchanged = {
+        name for name, value in network.state_dict().items() if torch.equal(value, start[name])
+    }
+    assert (
+        unchanged
+        <= {
+            f"layers.{layer}.{role}"
+            for layer in "06"
+            for role in ("zero", "real_zero", "input.zero", "levels", "thresholds")
+        }
+        | STATIC
+    )  # integers need not move
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -128,15 +181,39 @@ def test_a_zero_learns_where_it_is_asked_to(mode):
     """What is served is always the whole code next to what was learned, one step before the end."""
     network, seen = started(), []
     recipe = replace(RECIPE, epochs=2, zero="learned", mode=mode, lr=0.3)
-    run = finetune(network, TRAIN, HELD, recipe, WORST, lambda loss: seen.append([(layer.real_zero.item(), int(layer.zero)) for layer in read_layers(network).values()]))
-    assert len({real for step in seen for real, _ in step}) > 10 and len({zero for step in seen for _, zero in step}) > 1
+    run = finetune(
+        network,
+        TRAIN,
+        HELD,
+        recipe,
+        WORST,
+        lambda loss: seen.append(
+            [(layer.real_zero.item(), int(layer.zero)) for layer in read_layers(network).values()]
+        ),
+    )
+    assert (
+        len({real for step in seen for real, _ in step}) > 10
+        and len({zero for step in seen for _, zero in step}) > 1
+    )
     for before, after in zip(seen, seen[1:]):
-        assert all(zero == min(3, max(0, np.floor(real + 0.5))) for (real, _), (_, zero) in zip(before, after))
+        assert all(
+            zero == min(3, max(0, np.floor(real + 0.5)))
+            for (real, _), (_, zero) in zip(before, after)
+        )
     assert same_states(run, finetune(started(), TRAIN, HELD, recipe, WORST))
     assert top1(network, HELD) == (run.best.top1, run.best.loss)
 
 
-@pytest.mark.parametrize("macro", [replace(FEW_BITS, codebook="sign-magnitude"), replace(FEW_BITS, range="full"), replace(FEW_BITS, levels="free"), FEW_BITS.with_ideal_adc()], ids=Macro.describe)
+@pytest.mark.parametrize(
+    "macro",
+    [
+        replace(FEW_BITS, codebook="sign-magnitude"),
+        replace(FEW_BITS, range="full"),
+        replace(FEW_BITS, levels="free"),
+        FEW_BITS.with_ideal_adc(),
+    ],
+    ids=Macro.describe,
+)
 def test_a_zero_that_is_nobody_s_choice_stays(macro):
     network = started(macro)
     layers = read_layers(network).values()
@@ -153,18 +230,24 @@ def same_states(a: Run, b: Run) -> bool:
 def test_more_than_one_batch_is_needed_for_nothing():
     """Fewer images than a batch make one smaller step."""
     few = toy(20, 3)
-    assert steps_per_epoch(20, RECIPE) == 1 and steps_per_epoch(320, RECIPE) == 10 and steps_per_epoch(350, RECIPE) == 10
+    assert (
+        steps_per_epoch(20, RECIPE) == 1
+        and steps_per_epoch(320, RECIPE) == 10
+        and steps_per_epoch(350, RECIPE) == 10
+    )
     losses = []
     finetune(started(), few, HELD, replace(RECIPE, epochs=2), WORST, losses.append)
     assert len(losses) == 2
 
 
-# -- selection -----------------------------------------------------------------------------------------------------------
+# -- selection -------------------------------------------------------------------------------------
 def test_held_out_images_decide():
     """A candidate that is perfect on the held-out images stays, whatever training reaches."""
     network = started()
     state = deepcopy(network.state_dict())
-    best = finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), Candidate("perfect", 100.0, 0.0, state)).best
+    best = finetune(
+        network, TRAIN, HELD, replace(RECIPE, epochs=1), Candidate("perfect", 100.0, 0.0, state)
+    ).best
     assert best.name == "perfect"
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in state.items())
 
@@ -172,14 +255,20 @@ def test_held_out_images_decide():
 def test_only_the_held_out_images_are_scored(monkeypatch):
     scored = []
     right = module.top1
-    monkeypatch.setattr(module, "top1", lambda network, feed: scored.append(feed) or right(network, feed))
+    monkeypatch.setattr(
+        module, "top1", lambda network, feed: scored.append(feed) or right(network, feed)
+    )
     tuned(replace(RECIPE, epochs=2))
     assert len(scored) == 5 and all(feed is HELD for feed in scored)
 
 
 def test_candidates_compare_by_accuracy_then_loss():
     a = Candidate("a", 90.0, 0.5, {})
-    assert a.better_than(None) and a.better_than(Candidate("b", 89.0, 0.1, {})) and a.better_than(Candidate("b", 90.0, 0.6, {}))
+    assert (
+        a.better_than(None)
+        and a.better_than(Candidate("b", 89.0, 0.1, {}))
+        and a.better_than(Candidate("b", 90.0, 0.6, {}))
+    )
     assert not a.better_than(a) and not a.better_than(Candidate("b", 90.0, 0.4, {}))
     assert not Candidate("n", 90.0, float("nan"), {}).better_than(a)
 
@@ -191,10 +280,12 @@ def test_norms_are_measured_anew_and_kept_only_if_better():
     state = deepcopy(network.state_dict())
     best = consider_norms("now", network, TRAIN, HELD, RECIPE, None)
     assert best.name == "now, batch norm re-estimated" and best.top1 > 40
-    assert all(torch.equal(value, network.state_dict()[name]) for name, value in state.items())  # left as it came
+    assert all(
+        torch.equal(value, network.state_dict()[name]) for name, value in state.items()
+    )  # left as it came
 
 
-# -- schedules -----------------------------------------------------------------------------------------------------------
+# -- schedules -------------------------------------------------------------------------------------
 def test_the_temperature_falls_geometrically_and_ends_hard():
     recipe = Recipe(mode="relaxed", tau_start=0.4, tau_end=0.1, hard_share=0.2)
     assert temperature(recipe, 0.0) == 0.4
@@ -208,27 +299,43 @@ def test_the_temperature_falls_geometrically_and_ends_hard():
 
 def test_the_last_steps_run_without_noise():
     network, seen = started(), []
-    finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1, mode="relaxed"), WORST, lambda loss: seen.append([layer.relaxation for layer in read_layers(network).values()]))
+    finetune(
+        network,
+        TRAIN,
+        HELD,
+        replace(RECIPE, epochs=1, mode="relaxed"),
+        WORST,
+        lambda loss: seen.append([layer.relaxation for layer in read_layers(network).values()]),
+    )
     taus = [[r.tau if r else None for r in step] for step in seen]
-    assert len(taus) == 10 and taus[0] == [0.3, 0.3] and taus[7][0] > 0.08 and taus[8:] == [[None, None]] * 2
+    assert (
+        len(taus) == 10
+        and taus[0] == [0.3, 0.3]
+        and taus[7][0] > 0.08
+        and taus[8:] == [[None, None]] * 2
+    )
     seeds = [r.seed for step in seen[:8] for r in step]
     assert len(set(seeds)) == len(seeds)  # each layer and step has noise of its own
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     recipe = Recipe(lr=0.1, warmup=0.2)
-    assert [rate(recipe.lr, recipe.warmup, p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx([0, 0.05, 0.1, 0.05, 0])
+    assert [rate(recipe.lr, recipe.warmup, p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx(
+        [0, 0.05, 0.1, 0.05, 0]
+    )
     assert rate(0.1, 0, 0.0) == 0.1
 
 
 def test_only_weight_matrices_decay():
     network = started()
-    decayed, others = (group["params"] for group in optimizer(network, RECIPE.weight_decay).param_groups)
+    decayed, others = (
+        group["params"] for group in optimizer(network, RECIPE.weight_decay).param_groups
+    )
     assert {id(p) for p in decayed} == {id(layer.weight) for layer in read_layers(network).values()}
     assert len(decayed) + len(others) == sum(p.requires_grad for p in network.parameters())
 
 
-# -- roll-backs ----------------------------------------------------------------------------------------------------------
+# -- roll-backs ------------------------------------------------------------------------------------
 class Poisoned(Feed):
     """Training images that come as NaN in certain batches, counted over the whole run."""
 
@@ -237,9 +344,13 @@ class Poisoned(Feed):
         self.poisoned, self.asked = batches, 0
 
     def real(self, index):
-        training = not isinstance(index, slice) and len(index) <= RECIPE.batch  # batch norm is measured on more
+        training = (
+            not isinstance(index, slice) and len(index) <= RECIPE.batch
+        )  # batch norm is measured on more
         self.asked += training
-        return super().real(index) * (float("nan") if training and self.asked - 1 in self.poisoned else 1)
+        return super().real(index) * (
+            float("nan") if training and self.asked - 1 in self.poisoned else 1
+        )
 
 
 class Rates(torch.optim.AdamW):
@@ -256,9 +367,17 @@ def test_an_epoch_that_diverges_is_done_again_at_half_the_rate(monkeypatch, macr
     recipe, runs, optims = replace(RECIPE, epochs=2), [], []
     right = module.optimizer
     monkeypatch.setattr(torch.optim, "AdamW", Rates)
-    monkeypatch.setattr(module, "optimizer", lambda *args: optims.append(right(*args)) or optims[-1])
-    run = finetune(started(macro), Poisoned(TRAIN, {14}), HELD, recipe, WORST, epoch_done=runs.append)
-    assert [(r.epoch, r.roll_backs) for r in runs] == [(1, 0), (1, 1), (2, 1)] and run.roll_backs == 1
+    monkeypatch.setattr(
+        module, "optimizer", lambda *args: optims.append(right(*args)) or optims[-1]
+    )
+    run = finetune(
+        started(macro), Poisoned(TRAIN, {14}), HELD, recipe, WORST, epoch_done=runs.append
+    )
+    assert [(r.epoch, r.roll_backs) for r in runs] == [
+        (1, 0),
+        (1, 1),
+        (2, 1),
+    ] and run.roll_backs == 1
     assert all(torch.equal(value, runs[1].network[name]) for name, value in runs[0].network.items())
     rates = optims[0].rates
     assert len(rates) == 10 + 4 + 10 and rates[14:18] == [r / 2 for r in rates[10:14]]
@@ -269,15 +388,25 @@ def test_the_weights_stay_as_they_are_where_the_loss_is_no_number():
     network = started(FEW_BITS.with_ideal_adc())
     state, optim = deepcopy(network.state_dict()), optimizer(network, RECIPE.weight_decay)
     with pytest.raises(FloatingPointError, match="^the loss is not a number$"):
-        module.train_step(network.train(), optim, lambda: network(torch.full((4, 1, 6, 6), torch.nan)).sum())
-    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items() if "running" not in name and "num_batches" not in name)
+        module.train_step(
+            network.train(), optim, lambda: network(torch.full((4, 1, 6, 6), torch.nan)).sum()
+        )
+    assert all(
+        torch.equal(value, state[name])
+        for name, value in network.state_dict().items()
+        if "running" not in name and "num_batches" not in name
+    )
 
 
 def test_a_gradient_that_is_no_number_makes_no_step():
     network = started(FEW_BITS.with_ideal_adc())
     network.layer("6").weight.register_hook(lambda grad: grad * torch.inf)
     with pytest.raises(FloatingPointError, match="^the gradient is not a number$"):
-        module.train_step(network.train(), optimizer(network, RECIPE.weight_decay), lambda: network(TRAIN.real(slice(8))).sum())
+        module.train_step(
+            network.train(),
+            optimizer(network, RECIPE.weight_decay),
+            lambda: network(TRAIN.real(slice(8))).sum(),
+        )
     assert torch.isfinite(network.layer("6").weight).all()
 
 
@@ -293,7 +422,9 @@ class Overflows(torch.optim.AdamW):
 def test_a_last_step_that_overflows_is_rolled_back_too(monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", Overflows)
     with pytest.raises(CheckError) as e:
-        finetune(started(FEW_BITS.with_ideal_adc()), toy(20, 3), HELD, replace(RECIPE, epochs=1), WORST)
+        finetune(
+            started(FEW_BITS.with_ideal_adc()), toy(20, 3), HELD, replace(RECIPE, epochs=1), WORST
+        )
     assert str(e.value) == f"{GIVEN_UP}a weight is not a number after 1 of 1 steps; lower --lr 0.01"
 
 
@@ -301,69 +432,111 @@ def test_the_fourth_failure_ends_the_run():
     with pytest.raises(CheckError) as e:
         finetune(started(), Poisoned(TRAIN, {0, 3, 5, 7}), HELD, replace(RECIPE, epochs=1), WORST)
     assert str(e.value) == GIVEN_UP + NOT_FINITE
-    assert finetune(started(), Poisoned(TRAIN, {0, 3, 5}), HELD, replace(RECIPE, epochs=1), WORST).roll_backs == 3
+    assert (
+        finetune(
+            started(), Poisoned(TRAIN, {0, 3, 5}), HELD, replace(RECIPE, epochs=1), WORST
+        ).roll_backs
+        == 3
+    )
 
 
-# -- going on ------------------------------------------------------------------------------------------------------------
+# -- going on --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("macro", [FEW_BITS, Macro(adc_bits=None)], ids=Macro.describe)
 def test_a_run_goes_on_to_the_same_bits(macro):
     """Also with a batch order, noise, dropout, augmentation and a teacher that depend on the step."""
     recipe, runs = replace(RECIPE, epochs=3, augment="shift-flip", zero="learned"), []
     teacher = Teacher(float_network(), 0.5, 2.0)
-    whole = finetune(started(macro), TRAIN, HELD, recipe, WORST, teacher=teacher, epoch_done=runs.append)
+    whole = finetune(
+        started(macro), TRAIN, HELD, recipe, WORST, teacher=teacher, epoch_done=runs.append
+    )
     for start in runs:
         again = finetune(started(macro), TRAIN, HELD, recipe, WORST, teacher=teacher, start=start)
-        assert (again.epoch, again.best.name, again.best.loss) == (3, whole.best.name, whole.best.loss)
-        for a, b in ((again.network, whole.network), (again.optim, whole.optim), (again.best.state, whole.best.state)):
-            assert a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+        assert (again.epoch, again.best.name, again.best.loss) == (
+            3,
+            whole.best.name,
+            whole.best.loss,
+        )
+        for a, b in (
+            (again.network, whole.network),
+            (again.optim, whole.optim),
+            (again.best.state, whole.best.state),
+        ):
+            assert a.keys() == b.keys() and all(
+                torch.equal(value, b[name]) for name, value in a.items()
+            )
 
 
 def test_every_epoch_has_an_order_of_its_own():
     orders = [batch_order(50, 3, epoch) for epoch in range(3)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert not any(np.array_equal(orders[a], orders[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
-    assert not np.array_equal(orders[0], batch_order(50, 4, 0)) and np.array_equal(orders[1], batch_order(50, 3, 1))
+    assert not np.array_equal(orders[0], batch_order(50, 4, 0)) and np.array_equal(
+        orders[1], batch_order(50, 3, 1)
+    )
 
 
-# -- images --------------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 def test_a_feed_hands_out_real_values_and_labels():
-    feed = Feed(Images(np.arange(12, dtype=np.uint8).reshape(3, 2, 1, 2), np.array([4, 5, 6])), np.array([2.0, 10.0]), np.array([0.5, -1.0]))
+    feed = Feed(
+        Images(np.arange(12, dtype=np.uint8).reshape(3, 2, 1, 2), np.array([4, 5, 6])),
+        np.array([2.0, 10.0]),
+        np.array([0.5, -1.0]),
+    )
     assert len(feed) == 3
     assert feed.real(slice(0, 1)).tolist() == [[[[0.5, 2.5]], [[19.0, 29.0]]]]
     assert feed.labels(np.array([0, 2])).tolist() == [4, 6]
-    assert [len(x) for x in feed.batches(2)] == [2, 1] and [len(x) for x in feed.sampled(2, 2)] == [2]
+    assert [len(x) for x in feed.batches(2)] == [2, 1] and [len(x) for x in feed.sampled(2, 2)] == [
+        2
+    ]
     assert fitting([(10,)], 250) == 250 and fitting([(1 << 26,)], 250) == 2
 
 
-# -- errors --------------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 GIVEN_UP = "epoch 1 of 1 diverged, also after 3 roll-backs to half the rate each: "
-NOT_FINITE = "0: its inputs or weights are not finite numbers, so a read has no code for them; lower --lr, or check the model's weights and the images"
+NOT_FINITE = (
+    "0: its inputs or weights are not finite numbers, so a read has no "
+    "code for them; lower --lr, or check the model's weights and the "
+    "images"
+)
 
 
 def test_a_loss_that_is_no_number_ends_training():
-    broken = Feed(Images(np.full((64, 1, 6, 6), np.inf, np.float32), np.zeros(64, np.int64)), MULT, ADD)
+    broken = Feed(
+        Images(np.full((64, 1, 6, 6), np.inf, np.float32), np.zeros(64, np.int64)), MULT, ADD
+    )
     network = started(Macro(adc_bits=None))
     with torch.no_grad():
         network.layer("6").bias.fill_(float("nan"))
     with pytest.raises(CheckError) as e:
         finetune(network, TRAIN, HELD, replace(RECIPE, epochs=1), WORST)
-    assert str(e.value) == f"{GIVEN_UP}the loss is not a number after 0 of 10 steps; lower --lr 0.01, or check the model's weights and the images"
+    assert (
+        str(e.value) == f"{GIVEN_UP}the loss is not a number after 0 of 10 steps; lower --lr "
+        "0.01, or check the model's weights and the images"
+    )
     with pytest.raises(CheckError) as e:
         finetune(started(), broken, HELD, replace(RECIPE, epochs=1), WORST)
-    assert str(e.value) == f"{GIVEN_UP}the gradient is not a number after 0 of 2 steps; lower --lr 0.01, or check the model's weights and the images"
+    assert (
+        str(e.value) == f"{GIVEN_UP}the gradient is not a number after 0 of 2 steps; lower "
+        "--lr 0.01, or check the model's weights and the images"
+    )
 
 
 WRONG = {
     "--mode soft is not known; choose one of gumbel, mean, relaxed, ste": {"mode": "soft"},
     "--zero moves is not known; choose one of fixed, learned": {"zero": "moves"},
     "--teacher floats is not known; did you mean 'float'?": {"teacher": "floats"},
-    "--calibration least is not known; choose one of error, peak, percentile": {"calibration": "least"},
+    "--calibration least is not known; choose one of error, peak, percentile": {
+        "calibration": "least"
+    },
     "--augment crop is not known; choose one of none, shift, shift-flip": {"augment": "crop"},
     "--ideal-epochs must be a whole number of at least 0, not -1": {"ideal_epochs": -1},
     "--distill-weight must be from 0 to 1, not 1.5": {"distill_weight": 1.5},
     "--distill-temperature must be a positive number, not 0": {"distill_temperature": 0},
     "--match must be a number of at least 0, not -1": {"match": -1, "teacher": "float"},
-    "--match 30 compares with a teacher, but there is none; give --teacher float as well": {"match": 30, "teacher": "none"},
+    "--match 30 compares with a teacher, but there is none; give --teacher float as well": {
+        "match": 30,
+        "teacher": "none",
+    },
     "--mode relax is not known; did you mean 'relaxed'?": {"mode": "relax"},
     "--epochs must be a whole number of at least 0, not -1": {"epochs": -1},
     "--epochs must be a whole number of at least 0, not 1.5": {"epochs": 1.5},

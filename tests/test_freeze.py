@@ -1,4 +1,5 @@
-"""From a calibrated network to its integer program: the same codes in every layer, the same class, nothing out of its bounds."""
+"""From a calibrated network to its integer program: the same codes in every layer, the same class,
+nothing out of its bounds."""
 
 from __future__ import annotations
 
@@ -64,12 +65,22 @@ class Prepared:
     pixels: Norm
 
 
-def prepared(network: Network, macro: Macro, shape: tuple[int, ...], whole: bool, pixels: np.ndarray | None = None) -> Prepared:
+def prepared(
+    network: Network,
+    macro: Macro,
+    shape: tuple[int, ...],
+    whole: bool,
+    pixels: np.ndarray | None = None,
+) -> Prepared:
     rng = np.random.default_rng(0)
     mult = np.linspace(0.011, 0.014, shape[0]) if whole else np.linspace(0.9, 1.3, shape[0])
     add = np.linspace(-1.3, -1.1, shape[0]) if whole else np.zeros(shape[0])
     if pixels is None:
-        pixels = rng.integers(0, 256, (IMAGES, *shape)).astype(np.uint8) if whole else rng.normal(0, 1, (IMAGES, *shape)).astype(np.float32)
+        pixels = (
+            rng.integers(0, 256, (IMAGES, *shape)).astype(np.uint8)
+            if whole
+            else rng.normal(0, 1, (IMAGES, *shape)).astype(np.float32)
+        )
     feed = Feed(Images(pixels, np.zeros(len(pixels), np.int64)), mult, add)
     floating, network = network, rewrite(network, macro)
     batch = feed.real(slice(0, IMAGES // 2))
@@ -78,9 +89,20 @@ def prepared(network: Network, macro: Macro, shape: tuple[int, ...], whole: bool
     return Prepared(network, feed, peaks_of(network, [batch]), Norm(mult, add))
 
 
-def frozen(network: Network, macro: Macro, shape: tuple[int, ...], whole: bool, pixels: np.ndarray | None = None) -> Case:
+def frozen(
+    network: Network,
+    macro: Macro,
+    shape: tuple[int, ...],
+    whole: bool,
+    pixels: np.ndarray | None = None,
+) -> Case:
     job = prepared(network, macro, shape, whole, pixels)
-    return Case(job.network, freeze(job.network, macro, job.peaks, job.pixels, whole), job.feed.images.x, job.feed)
+    return Case(
+        job.network,
+        freeze(job.network, macro, job.peaks, job.pixels, whole),
+        job.feed.images.x,
+        job.feed,
+    )
 
 
 @cache
@@ -89,26 +111,35 @@ def style_case(name: str, macro: str, whole: bool) -> Case:
 
 
 def every_style() -> list[tuple[str, str, bool]]:
-    """Each style with two macros on uint8 pixels and with another on float32 ones: all macros come up several times."""
+    """Each style with two macros on uint8 pixels and with another on float32 ones: all macros come
+    up several times."""
     names = list(MACROS)
     cases = []
     for n, style in enumerate(STYLES):
-        cases += [(style, "default", True), (style, names[1 + n % (len(names) - 1)], True), (style, names[1 + (n + 4) % (len(names) - 1)], False)]
+        cases += [
+            (style, "default", True),
+            (style, names[1 + n % (len(names) - 1)], True),
+            (style, names[1 + (n + 4) % (len(names) - 1)], False),
+        ]
     return cases
 
 
 @torch.no_grad()
 def compared(case: Case) -> tuple[np.ndarray, torch.Tensor, dict[str, torch.Tensor], int, int]:
-    """(differing codes of each image, scores, trace, codes that are the first to differ, all codes), each difference proved to be a tie.
+    """(differing codes of each image, scores, trace, codes that are the first to differ, all
+    codes), each difference proved to be a tie.
 
-    A code of an image whose earlier layers agree may differ only where the real input lies within 1/500 of the code range of
-    halfway between two codes: there float32 and one rounding per grid decide.
+    A code of an image whose earlier layers agree may differ only where the real input lies within
+    1/500 of the code range of halfway between two codes: there float32 and one rounding per grid
+    decide.
     """
     codes, values = {}, {}
     layers = read_layers(case.network)
     for name, layer in layers.items():
         layer.watch = lambda layer, seen, weight, name=name: codes.update({name: seen})
-    scores = case.network(case.feed.real(slice(0, IMAGES)), lambda name, value: values.update({name: value}))
+    scores = case.network(
+        case.feed.real(slice(0, IMAGES)), lambda name, value: values.update({name: value})
+    )
     trace = Runner(case.program).trace(torch.from_numpy(case.pixels))
     inputs = {node.name: node.inputs[0] for node in case.network.graph.convs()}
     differing, first, count = np.zeros(IMAGES, np.int64), 0, 0
@@ -149,7 +180,10 @@ def test_the_program_has_the_codes_and_the_class_of_the_network(style, macro, wh
 @pytest.mark.parametrize(("style", "macro", "whole"), every_style()[1::3] + every_style()[2::3])
 def test_every_tensor_of_a_frozen_program_equals_golden(style, macro, whole):
     case = style_case(style, macro, whole)
-    trace, expected = Runner(case.program).trace(torch.from_numpy(case.pixels[:2])), golden.run(case.program, case.pixels[:2])
+    trace, expected = (
+        Runner(case.program).trace(torch.from_numpy(case.pixels[:2])),
+        golden.run(case.program, case.pixels[:2]),
+    )
     for name, values in expected.items():
         assert np.array_equal(trace[name].numpy(), values), name
         if name != case.program.input:
@@ -157,7 +191,8 @@ def test_every_tensor_of_a_frozen_program_equals_golden(style, macro, whole):
 
 
 def test_most_programs_have_every_single_code():
-    """Where pixels are whole and no average is taken, nothing is rounded between two layers but what training rounds too."""
+    """Where pixels are whole and no average is taken, nothing is rounded between two layers but
+    what training rounds too."""
     exact = [name for name in STYLES if not compared(style_case(name, "default", True))[0].any()]
     assert len(exact) >= len(STYLES) - 5
 
@@ -188,21 +223,28 @@ def test_images_do_not_change_each_other():
     case = style_case("sequential", "default", True)
     runner = Runner(case.program)
     together = runner(torch.from_numpy(case.pixels[:7]))
-    assert torch.equal(together, torch.cat([runner(torch.from_numpy(case.pixels[n : n + 1])) for n in range(7)]))
+    assert torch.equal(
+        together, torch.cat([runner(torch.from_numpy(case.pixels[n : n + 1])) for n in range(7)])
+    )
 
 
 def test_batch_norm_as_one_factor_and_one_sum():
     norm = nn.BatchNorm2d(2).eval()
     with torch.no_grad():
-        norm.running_mean.copy_(torch.tensor([1.0, -2.0])), norm.running_var.copy_(torch.tensor([4.0, 0.25]))
+        (
+            norm.running_mean.copy_(torch.tensor([1.0, -2.0])),
+            norm.running_var.copy_(torch.tensor([4.0, 0.25])),
+        )
         norm.weight.copy_(torch.tensor([3.0, 0.0])), norm.bias.copy_(torch.tensor([0.5, 7.0]))
     folded = norm_of(norm)
-    assert folded.mult == pytest.approx([1.5, 0.0], abs=1e-5) and folded.add == pytest.approx([-1.0, 7.0], abs=1e-4)
+    assert folded.mult == pytest.approx([1.5, 0.0], abs=1e-5) and folded.add == pytest.approx(
+        [-1.0, 7.0], abs=1e-4
+    )
     plain = norm_of(nn.BatchNorm1d(2, affine=False).eval())
     assert plain.mult == pytest.approx([1, 1], abs=1e-4) and plain.add == pytest.approx([0, 0])
 
 
-# -- degenerate models ---------------------------------------------------------------------------------------------------
+# -- degenerate models -----------------------------------------------------------------------------
 @cache
 def base() -> Network:
     torch.manual_seed(0)
@@ -235,7 +277,9 @@ PIXELS = {
     "random": lambda rng: rng.integers(0, 256, (IMAGES, 2, 8, 8)),
     "black": lambda rng: np.zeros((IMAGES, 2, 8, 8)),
     "white": lambda rng: np.full((IMAGES, 2, 8, 8), 255),
-    "one point": lambda rng: 255 * np.eye(128)[rng.integers(0, 128, IMAGES)].reshape(IMAGES, 2, 8, 8),
+    "one point": lambda rng: (
+        255 * np.eye(128)[rng.integers(0, 128, IMAGES)].reshape(IMAGES, 2, 8, 8)
+    ),
 }
 
 
@@ -246,28 +290,49 @@ def edited(name: str) -> Network:
     return network
 
 
-@pytest.mark.parametrize(("edit", "pixels"), [(edit, "random") for edit in EDITS] + [("a dead channel", pixels) for pixels in PIXELS])
+@pytest.mark.parametrize(
+    ("edit", "pixels"),
+    [(edit, "random") for edit in EDITS] + [("a dead channel", pixels) for pixels in PIXELS],
+)
 @pytest.mark.parametrize("macro", ["default", "ideal offset", "free"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_degenerate_models_and_images_freeze_all_the_same(edit, pixels, macro, whole):
-    case = frozen(edited(edit), MACROS[macro], (2, 8, 8), whole, PIXELS[pixels](np.random.default_rng(0)).astype(np.uint8 if whole else np.float32))
-    trace, expected = Runner(case.program).trace(torch.from_numpy(case.pixels)), golden.run(case.program, case.pixels[:3])
+    case = frozen(
+        edited(edit),
+        MACROS[macro],
+        (2, 8, 8),
+        whole,
+        PIXELS[pixels](np.random.default_rng(0)).astype(np.uint8 if whole else np.float32),
+    )
+    trace, expected = (
+        Runner(case.program).trace(torch.from_numpy(case.pixels)),
+        golden.run(case.program, case.pixels[:3]),
+    )
     assert all(np.array_equal(trace[name][:3].numpy(), values) for name, values in expected.items())
     with torch.no_grad():
         scores = case.network(case.feed.real(slice(0, IMAGES)))
-    wrong = (trace[case.program.output] * case.program.meta["output_scale"] - scores).abs().amax(1) > 1e-2 * scores.abs().max() + 1e-9
+    wrong = (trace[case.program.output] * case.program.meta["output_scale"] - scores).abs().amax(
+        1
+    ) > 1e-2 * scores.abs().max() + 1e-9
     assert wrong.float().mean() <= 0.2
 
 
 def test_a_layer_that_amplifies_what_it_never_saw_is_refused():
     network = edited("nothing")
     with torch.no_grad():
-        network.layer("1").bias.fill_(1e6)  # the second convolution sees a constant; its batch norm divides by almost no variance
+        network.layer("1").bias.fill_(
+            1e6
+        )  # the second convolution sees a constant; its batch norm divides by almost no variance
     with pytest.raises(InputError) as e:
         frozen(network, MACROS["split tiles"], (2, 8, 8), True)
     sentence = str(e.value)
     assert sentence.startswith("relu_1: its weights allow values ")
-    assert sentence.endswith(" times as large as any seen on the calibration images, beyond 2**20; a channel of it hardly varies: take --range calibrated or more ADC bits where its reads all give one code, else retrain or prune that channel")
+    assert sentence.endswith(
+        " times as large as any seen on the calibration images, beyond "
+        "2**20; a channel of it hardly varies: take --range calibrated or "
+        "more ADC bits where its reads all give one code, else retrain or "
+        "prune that channel"
+    )
 
 
 def test_a_code_that_no_requant_can_count_is_refused():
@@ -276,6 +341,16 @@ def test_a_code_that_no_requant_can_count_is_refused():
     with torch.no_grad():
         read_layers(network)["4"].input.log_scale.fill_(-30.0)
     with pytest.raises(InputError) as e:
-        freeze(network, MACROS["default"], peaks_of(network, [case.feed.real(slice(0, 4))]), Norm(case.feed.mult.view(-1).double().numpy(), case.feed.add.view(-1).double().numpy()), True)
+        freeze(
+            network,
+            MACROS["default"],
+            peaks_of(network, [case.feed.real(slice(0, 4))]),
+            Norm(case.feed.mult.view(-1).double().numpy(), case.feed.add.view(-1).double().numpy()),
+            True,
+        )
     assert str(e.value).startswith("4.codes: a value reaches ")
-    assert str(e.value).endswith(" steps of its grid, beyond 2**44; a channel of it hardly varies: take --range calibrated or more ADC bits where its reads all give one code, else retrain or prune that channel")
+    assert str(e.value).endswith(
+        " steps of its grid, beyond 2**44; a channel of it hardly varies: "
+        "take --range calibrated or more ADC bits where its reads all give "
+        "one code, else retrain or prune that channel"
+    )

@@ -1,4 +1,5 @@
-"""Freed memory: given back once where a run has gained more than it needs, and left alone otherwise."""
+"""Freed memory: given back once where a run has gained more than it needs, and left alone
+otherwise."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ GIB = 1 << 30
 
 @pytest.fixture
 def watched(monkeypatch):
-    """A function that plays steps after which the process holds so many GiB, and says after which of them memory was given back."""
+    """A function that plays steps after which the process holds so many GiB, and says after which
+    of them memory was given back."""
     given = []
     monkeypatch.setattr(heap, "give_back", lambda: given.append(True))
 

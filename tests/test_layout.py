@@ -1,4 +1,5 @@
-"""Whatever the order of axes in a file, a network gets its own: axes are exchanged, never reshaped into each other, up to the last integer."""
+"""Whatever the order of axes in a file, a network gets its own: axes are exchanged, never reshaped
+into each other, up to the last integer."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def saved(path, x: np.ndarray, y: np.ndarray, train: int) -> str:
     return str(path)
 
 
-# -- orders ----------------------------------------------------------------------------------------------------------------
+# -- orders ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("shape", "wanted", "orders"),
     [
@@ -67,12 +68,17 @@ def test_the_orders_of_a_shape(shape, wanted, orders):
     assert orders_to(shape, wanted) == orders
 
 
-@pytest.mark.parametrize(("shape", "wanted"), [((3, 16, 8), (3, 8, 16)), ((1, 8, 9), (1, 9, 8)), ((3, 16, 8), (16, 3, 8))])
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [((3, 16, 8), (3, 8, 16)), ((1, 8, 9), (1, 9, 8)), ((3, 16, 8), (16, 3, 8))],
+)
 def test_rows_never_become_columns(shape, wanted):
     with pytest.raises(InputError) as e:
         orders_to(shape, wanted)
     assert str(e.value) == (
-        f"images of {'x'.join(map(str, shape))} (channels, height, width) are not {'x'.join(map(str, wanted))}: rows and columns would change places; "
+        f"images of {'x'.join(map(str, shape))} (channels, height, width) "
+        f"are not {'x'.join(map(str, wanted))}: rows and columns would "
+        "change places; "
         "give the shape with its axes in their order, channels first or last"
     )
 
@@ -81,7 +87,9 @@ def test_rows_never_become_columns(shape, wanted):
 def test_every_view_holds_each_value_once(shape):
     x = np.arange(2 * np.prod(shape)).reshape(2, *shape)
     for axes, view in views(shape):
-        assert sorted(laid(x, axes, view).ravel()) == sorted(x.ravel()) and laid(x, axes, view).shape == (2, *view)
+        assert sorted(laid(x, axes, view).ravel()) == sorted(x.ravel()) and laid(
+            x, axes, view
+        ).shape == (2, *view)
 
 
 def test_values_in_a_row_keep_the_order_of_the_file(tmp_path):
@@ -99,19 +107,29 @@ def test_a_mean_for_each_channel_follows_the_channels():
         mult, add = replace(p, axes=axes).factors(view)
         expected = laid(p.apply(x), axes, view)[0]
         assert (np.broadcast_to(np.zeros(view) * mult + add, view) == expected).all()
-    assert p.factors((9, 3))[1].tolist() == [[-1, -2, -3]]  # a signal of three channels, the time first
-    with pytest.raises(ConfigError, match="^--mean has 3 values, but the images have 4 channels; give 1 or 4$"):
+    assert p.factors((9, 3))[1].tolist() == [
+        [-1, -2, -3]
+    ]  # a signal of three channels, the time first
+    with pytest.raises(
+        ConfigError, match="^--mean has 3 values, but the images have 4 channels; give 1 or 4$"
+    ):
         p.factors((4, 8, 8))
 
 
-# -- the whole way ---------------------------------------------------------------------------------------------------------
+# -- the whole way ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("given", [None, (6, 5, 3)])
 @pytest.mark.parametrize("order", ["last", "first"])
 def test_a_network_that_takes_channels_last(tmp_path, given, order):
     x, y = brightest(90)
     source = saved(tmp_path / "d.npz", x if order == "last" else x.transpose(0, 3, 1, 2), y, 60)
-    made = rqtool.quantize(Last(), source, out=tmp_path / "m.rq", recipe=CALIBRATED, input_shape=given, twin=False)
-    assert (made.float_top1, made.tuned_top1, made.agreement) == (100, 100, 100) and not made.warnings
+    made = rqtool.quantize(
+        Last(), source, out=tmp_path / "m.rq", recipe=CALIBRATED, input_shape=given, twin=False
+    )
+    assert (made.float_top1, made.tuned_top1, made.agreement) == (
+        100,
+        100,
+        100,
+    ) and not made.warnings
     assert checkpoint.load(tmp_path / "m.rq").preprocess == Preprocess(axes=LAST)
     assert rqtool.evaluate(tmp_path / "m.rq", source).top1 == 100
     assert rqtool.export_onnx(tmp_path / "m.rq", data=source, images=3).report["images"] == 3
@@ -126,26 +144,50 @@ def test_channels_that_are_last_have_a_mean_each(tmp_path, kind):
     source = saved(tmp_path / "d.npz", x, y, 60)
     pixels = {"mean": tuple(shift), "std": (50.0, 60.0, 70.0), "scale": 1.0}
     macro = Macro(in_bits=8, w_bits=8, adc_bits=None)
-    made = rqtool.quantize(Last(), source, macro, out=tmp_path / "m.rq", recipe=CALIBRATED, preprocess=pixels, twin=False)
+    made = rqtool.quantize(
+        Last(),
+        source,
+        macro,
+        out=tmp_path / "m.rq",
+        recipe=CALIBRATED,
+        preprocess=pixels,
+        twin=False,
+    )
     assert (made.float_top1, made.tuned_top1, made.agreement) == (100, 100, 100)
     file = checkpoint.load(tmp_path / "m.rq")
     few = x[60:65]
     scores = Runner(file.program)(torch.from_numpy(few)).numpy()
-    real = Last()((torch.from_numpy(few).float() - torch.from_numpy(shift).float()) / torch.tensor([50.0, 60, 70])).detach().numpy()
+    real = (
+        Last()(
+            (torch.from_numpy(few).float() - torch.from_numpy(shift).float())
+            / torch.tensor([50.0, 60, 70])
+        )
+        .detach()
+        .numpy()
+    )
     assert np.abs(scores * file.program.meta["output_scale"] - real).max() < 0.02
     assert (golden(file.program, few)[file.program.output] == scores).all()
     assert rqtool.evaluate(tmp_path / "m.rq", source, adc="ideal").top1 == 100
-    assert rqtool.export_onnx(tmp_path / "m.rq", data=source, images=5, body="explicit").report["images"] == 5
+    assert (
+        rqtool.export_onnx(tmp_path / "m.rq", data=source, images=5, body="explicit").report[
+            "images"
+        ]
+        == 5
+    )
     assert rqtool.verify(tmp_path / "m.rq")["integers"] > 0
 
 
 def test_two_channels_that_are_last_are_found_and_said(tmp_path):
     x, y = brightest(90, 6, 5, 2)
     model = nn.Sequential(Last(2).conv, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    made = rqtool.quantize(model, saved(tmp_path / "d.npz", x, y, 60), recipe=CALIBRATED, twin=False)
+    made = rqtool.quantize(
+        model, saved(tmp_path / "d.npz", x, y, 60), recipe=CALIBRATED, twin=False
+    )
     assert made.float_top1 == 100
     assert made.warnings == (
-        "images of 6x5x2 are taken as 2x6x5, channels last, for that is what the model takes; save them in the model's order if that is not meant",
+        "images of 6x5x2 are taken as 2x6x5, channels last, for that is what "
+        "the model takes; save them in the model's order if that is not "
+        "meant",
     )
 
 
@@ -166,7 +208,15 @@ def test_signals_have_their_channels_first_or_last(tmp_path, given, time):
     x, y = brightest(90)
     x = x.reshape(90, 30, 3)
     source = saved(tmp_path / "d.npz", x if time == "first" else x.transpose(0, 2, 1), y, 60)
-    made = rqtool.quantize(Signal(), source, out=tmp_path / "m.rq", recipe=CALIBRATED, preprocess={"mean": (0.5, 0.5, 0.5)}, input_shape=given, twin=False)
+    made = rqtool.quantize(
+        Signal(),
+        source,
+        out=tmp_path / "m.rq",
+        recipe=CALIBRATED,
+        preprocess={"mean": (0.5, 0.5, 0.5)},
+        input_shape=given,
+        twin=False,
+    )
     assert (made.float_top1, made.tuned_top1) == (100, 100)
     assert rqtool.evaluate(tmp_path / "m.rq", source).top1 == 100
 
@@ -174,38 +224,71 @@ def test_signals_have_their_channels_first_or_last(tmp_path, given, time):
 def flat(order: np.ndarray) -> nn.Module:
     """Scores are the means of the channels, for values in the order of [90] channel numbers."""
     model = nn.Sequential(nn.Linear(90, 3, bias=False))
-    model[0].weight.data = torch.tensor(np.stack([order == c for c in range(3)]) / 30, dtype=torch.float32)
+    model[0].weight.data = torch.tensor(
+        np.stack([order == c for c in range(3)]) / 30, dtype=torch.float32
+    )
     return model
 
 
 def test_flat_values_are_those_of_the_file(tmp_path):
     x, y = brightest(90)
-    last, first = saved(tmp_path / "last.npz", x, y, 60), saved(tmp_path / "first.npz", x.transpose(0, 3, 1, 2), y, 60)
-    made = rqtool.quantize(flat(np.tile(range(3), 30)), last, out=tmp_path / "m.rq", recipe=CALIBRATED, preprocess={"mean": (0.1, 0.2, 0.3)}, twin=False)
+    last, first = (
+        saved(tmp_path / "last.npz", x, y, 60),
+        saved(tmp_path / "first.npz", x.transpose(0, 3, 1, 2), y, 60),
+    )
+    made = rqtool.quantize(
+        flat(np.tile(range(3), 30)),
+        last,
+        out=tmp_path / "m.rq",
+        recipe=CALIBRATED,
+        preprocess={"mean": (0.1, 0.2, 0.3)},
+        twin=False,
+    )
     assert made.float_top1 == 100 and not made.warnings
-    assert rqtool.evaluate(tmp_path / "m.rq", last).top1 == rqtool.evaluate(tmp_path / "m.rq", first).top1 == 100
+    assert (
+        rqtool.evaluate(tmp_path / "m.rq", last).top1
+        == rqtool.evaluate(tmp_path / "m.rq", first).top1
+        == 100
+    )
     made = rqtool.quantize(flat(np.repeat(range(3), 30)), last, recipe=CALIBRATED, twin=False)
     (sentence,) = [s for s in made.warnings if "channels" in s]
-    assert sentence.endswith("but 100.00 % with channels first; if it was trained so, save the images in that order, each in one row")
+    assert sentence.endswith(
+        "but 100.00 % with channels first; if it was trained so, save the "
+        "images in that order, each in one row"
+    )
 
 
 def test_a_network_that_begins_flat_gets_channels_first_or_what_input_says(tmp_path):
     x, y = brightest(90)
-    source, model = saved(tmp_path / "d.npz", x, y, 60), nn.Sequential(nn.Flatten(), *flat(np.tile(range(3), 30)))
+    source, model = (
+        saved(tmp_path / "d.npz", x, y, 60),
+        nn.Sequential(nn.Flatten(), *flat(np.tile(range(3), 30))),
+    )
     made = rqtool.quantize(model, source, recipe=CALIBRATED, twin=False)
     (sentence,) = [s for s in made.warnings if "channels" in s]
-    assert sentence.endswith("but 100.00 % with channels last; if it was trained so, give --input 6,5,3")
+    assert sentence.endswith(
+        "but 100.00 % with channels last; if it was trained so, give --input 6,5,3"
+    )
     made = rqtool.quantize(model, source, recipe=CALIBRATED, input_shape=(6, 5, 3), twin=False)
     assert made.float_top1 == 100 and not made.warnings
 
 
 def test_images_of_another_shape_are_no_images_for_the_file(tmp_path):
     x, y = brightest(90)
-    rqtool.quantize(Last(), saved(tmp_path / "d.npz", x, y, 60), out=tmp_path / "m.rq", recipe=CALIBRATED, twin=False)
+    rqtool.quantize(
+        Last(),
+        saved(tmp_path / "d.npz", x, y, 60),
+        out=tmp_path / "m.rq",
+        recipe=CALIBRATED,
+        twin=False,
+    )
     turned = Data("turned", None, Images(np.ascontiguousarray(x.transpose(0, 3, 2, 1)), y), 3)
     with pytest.raises(InputError) as e:
         rqtool.evaluate(tmp_path / "m.rq", turned)
-    assert str(e.value) == "turned: images have shape [3, 5, 6], but the model takes [6, 5, 3]; give the data set it was made for"
+    assert (
+        str(e.value) == "turned: images have shape [3, 5, 6], but the model takes [6, 5, 3]; "
+        "give the data set it was made for"
+    )
     as_taken = Data("as taken", None, Images(x, y), 3)
     assert rqtool.evaluate(tmp_path / "m.rq", as_taken).top1 == 100
 
@@ -215,14 +298,19 @@ def test_channels_last_are_not_shifted():
     images = Images(np.ascontiguousarray(x.transpose(0, 3, 1, 2)), y)
     with pytest.raises(ConfigError) as e:
         rqtool.quantize(Last(), Data("d", images, None, 3), recipe=Recipe(augment="shift"))
-    assert str(e.value) == "--augment shift moves images with their channels first, but the model takes them last; give --augment none"
+    assert (
+        str(e.value) == "--augment shift moves images with their channels first, but the "
+        "model takes them last; give --augment none"
+    )
 
 
 def test_features_have_no_channels():
     y = np.arange(30) % 3
     data = Data("f", Images(np.random.default_rng(0).random((30, 90), np.float32), y), None, 3)
     with pytest.raises(ConfigError) as e:
-        rqtool.quantize(flat(np.tile(range(3), 30)), data, recipe=CALIBRATED, preprocess={"mean": (1, 2, 3)})
+        rqtool.quantize(
+            flat(np.tile(range(3), 30)), data, recipe=CALIBRATED, preprocess={"mean": (1, 2, 3)}
+        )
     assert str(e.value) == "--mean has 3 values, but the images have 90 channels; give 1 or 90"
 
 

@@ -1,4 +1,5 @@
-"""Model files become networks; nothing in a file runs, and everything else is refused in one sentence."""
+"""Model files become networks; nothing in a file runs, and everything else is refused in one
+sentence."""
 
 from __future__ import annotations
 
@@ -24,12 +25,17 @@ from rqtool.model.load import RECORDS, Record, load_model, read_torch
 from rqtool.model.zoo import ZOO
 from rqtool.storage import write_atomic
 
-WAY_OUT = "save the weights with torch.save(model.state_dict(), FILE) and give --arch package.module:factory"
+WAY_OUT = (
+    "save the weights with torch.save(model.state_dict(), FILE) and give "
+    "--arch package.module:factory"
+)
 
 
 def tiny() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 2 * 2, 3))
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 2 * 2, 3)
+    )
 
 
 def twins() -> nn.Module:
@@ -75,7 +81,9 @@ def loads(source: str, arch: str | None = f"{HERE}:tiny", like: nn.Module | None
     """The file gives exactly the tiny network (or `like`), with weights changed by `trained`."""
     net = load_model(source, arch)
     assert equal(net, like or trained())
-    assert not any(m.training for m in net.modules()) and all(p.dtype == torch.float32 for p in net.parameters())
+    assert not any(m.training for m in net.modules()) and all(
+        p.dtype == torch.float32 for p in net.parameters()
+    )
 
 
 def trained() -> nn.Module:
@@ -87,7 +95,7 @@ def trained() -> nn.Module:
     return net
 
 
-# -- state dictionaries ------------------------------------------------------------------------------------------------
+# -- state dictionaries ----------------------------------------------------------------------------
 def test_a_network_comes_back_as_it_is():
     net = tiny()
     assert load_model(net) is net
@@ -106,14 +114,25 @@ def test_safetensors_files():
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "net", "ema"])
 def test_checkpoints(wrapper):
-    loads(saved({"epoch": 3, wrapper: trained().state_dict(), "best": 0.5, "optimizer": {"state": {}, "groups": [1]}}))
+    loads(
+        saved(
+            {
+                "epoch": 3,
+                wrapper: trained().state_dict(),
+                "best": 0.5,
+                "optimizer": {"state": {}, "groups": [1]},
+            }
+        )
+    )
 
 
 def test_nested_checkpoints():
     loads(saved({"model": {"state_dict": trained().state_dict(), "name": "tiny"}}))
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net."]
+)
 def test_prefixes(prefix):
     loads(saved({prefix + k: v for k, v in trained().state_dict().items()}))
 
@@ -147,7 +166,9 @@ def test_weights_without_batch_counts():
 def test_tied_weights_are_found_under_either_name():
     net = twins()
     for left_out in ("0.weight", "1.weight"):
-        safetensors.torch.save_file({k: v.clone() for k, v in net.state_dict().items() if k != left_out}, "m.safetensors")
+        safetensors.torch.save_file(
+            {k: v.clone() for k, v in net.state_dict().items() if k != left_out}, "m.safetensors"
+        )
         back = load_model("m.safetensors", f"{HERE}:twins")
         assert equal(back, net) and back[0].weight is back[1].weight
 
@@ -172,28 +193,52 @@ def test_what_does_not_fit_is_named():
     state = {"a": state.pop("0.weight"), "b": state.pop("1.bias"), **state}
     state["4.weight"], state["4.bias"] = torch.zeros(3, 9), torch.zeros(3, dtype=torch.int8)
     assert refusal(saved(state), f"{HERE}:tiny") == (
-        "m.pt: does not fit test_load:tiny: 2 missing (0.weight, 1.bias), 2 unexpected (a, b), 2 of another kind (4.weight is 3x9, not 3x8, 4.bias is 3 of int8, not 3); "
+        "m.pt: does not fit test_load:tiny: 2 missing (0.weight, 1.bias), 2 "
+        "unexpected (a, b), 2 of another kind (4.weight is 3x9, not 3x8, "
+        "4.bias is 3 of int8, not 3); "
         "give the network it was trained as"
     )
     state = {f"x{n}": torch.zeros(1) for n in range(5)}
     assert refusal(saved(state), f"{HERE}:twins") == (
-        "m.pt: does not fit test_load:twins: 3 missing (0.weight, 0.bias, 1.bias), 5 unexpected (x0, x1, x2, ...); give the network it was trained as"
+        "m.pt: does not fit test_load:twins: 3 missing (0.weight, 0.bias, "
+        "1.bias), 5 unexpected (x0, x1, x2, ...); give the network it was "
+        "trained as"
     )
 
 
 def test_weights_alone_need_arch():
     path = saved(trained().state_dict())
-    assert refusal(path, error=ConfigError) == "m.pt: holds weights without their network; give --arch package.module:factory or one of demo, lenet"
-    assert refusal(path, "lenett", ConfigError) == "--arch lenett is neither package.module:factory nor a built-in network; did you mean 'lenet'?"
+    assert (
+        refusal(path, error=ConfigError)
+        == "m.pt: holds weights without their network; give --arch "
+        "package.module:factory or one of demo, lenet"
+    )
+    assert (
+        refusal(path, "lenett", ConfigError)
+        == "--arch lenett is neither package.module:factory nor a built-in "
+        "network; did you mean 'lenet'?"
+    )
 
 
 @pytest.mark.parametrize(
     ("arch", "sentence"),
     [
-        ("no.such:net", "no.such:net: no.such cannot be imported (ModuleNotFoundError: No module named 'no'); run from its folder or put that on PYTHONPATH"),
+        (
+            "no.such:net",
+            "no.such:net: no.such cannot be imported (ModuleNotFoundError: No "
+            "module named 'no'); run from its folder or put that on PYTHONPATH",
+        ),
         ("test_load:tinny", "test_load:tinny: test_load has no 'tinny'; did you mean 'tiny'?"),
-        ("test_load:X", "test_load:X: fails when called without arguments (TypeError: 'Tensor' object is not callable); run it on its own to see where"),
-        ("test_load:list", "--arch test_load:list made list, not a torch.nn.Module; name a function that returns the network"),
+        (
+            "test_load:X",
+            "test_load:X: fails when called without arguments (TypeError: "
+            "'Tensor' object is not callable); run it on its own to see where",
+        ),
+        (
+            "test_load:list",
+            "--arch test_load:list made list, not a torch.nn.Module; name a "
+            "function that returns the network",
+        ),
     ],
 )
 def test_arch_that_is_no_network(arch, sentence, monkeypatch):
@@ -204,7 +249,9 @@ def test_arch_that_is_no_network(arch, sentence, monkeypatch):
 def test_nan_is_refused():
     net = trained()
     net[1].running_var[0] = torch.nan
-    sentence = "m.pt: 1.running_var holds NaN or infinity; give a network that was trained to its end"
+    sentence = (
+        "m.pt: 1.running_var holds NaN or infinity; give a network that was trained to its end"
+    )
     assert refusal(saved(net.state_dict()), f"{HERE}:tiny") == sentence
     assert refusal(saved(net)) == sentence
 
@@ -220,15 +267,24 @@ def test_nan_is_refused():
     ],
 )
 def test_files_without_weights(held, what):
-    assert refusal(saved(held)) == f"m.pt: holds {what}, neither a state dictionary nor a network; {WAY_OUT}"
+    assert (
+        refusal(saved(held))
+        == f"m.pt: holds {what}, neither a state dictionary nor a network; {WAY_OUT}"
+    )
 
 
-@pytest.mark.parametrize("odd", [torch.ones(1).expand(10**6, 10**6), torch.eye(3).to_sparse(), torch.empty(3, device="meta")])
+@pytest.mark.parametrize(
+    "odd",
+    [torch.ones(1).expand(10**6, 10**6), torch.eye(3).to_sparse(), torch.empty(3, device="meta")],
+)
 def test_tensors_that_are_no_plain_arrays(odd):
-    assert refusal(saved({"w": odd})) == "m.pt: w is no plain array (sparse, quantised or repeated in memory); give the float weights"
+    assert (
+        refusal(saved({"w": odd})) == "m.pt: w is no plain array (sparse, quantised or repeated in "
+        "memory); give the float weights"
+    )
 
 
-# -- whole networks ----------------------------------------------------------------------------------------------------
+# -- whole networks --------------------------------------------------------------------------------
 def test_a_whole_network_of_torch_layers():
     net = trained()
     loads(saved(net), arch=None)
@@ -262,14 +318,26 @@ def test_layers_of_many_kinds(layer):
 def test_a_pickle_becomes_records_before_any_layer_exists():
     loaded = read_torch(Path(saved(trained())).read_bytes(), "m.pt")
     assert isinstance(loaded, Record) and loaded.target is nn.Sequential
-    assert [type(r).target for r in loaded.state["_modules"].values()] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Flatten, nn.Linear]
+    assert [type(r).target for r in loaded.state["_modules"].values()] == [
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.ReLU,
+        nn.Flatten,
+        nn.Linear,
+    ]
 
 
 def test_the_allow_list_is_torch_layers_and_lent_only_while_reading():
     assert len(RECORDS) > 100
     for name, record in RECORDS.items():
-        assert name.startswith("torch.nn.modules.") and issubclass(record.target, nn.Module) and not issubclass(record, nn.Module)
-    before = Counter(torch.serialization.get_safe_globals())  # a set underneath: its order is nobody's promise
+        assert (
+            name.startswith("torch.nn.modules.")
+            and issubclass(record.target, nn.Module)
+            and not issubclass(record, nn.Module)
+        )
+    before = Counter(
+        torch.serialization.get_safe_globals()
+    )  # a set underneath: its order is nobody's promise
     load_model(saved(trained()))
     assert Counter(torch.serialization.get_safe_globals()) == before
 
@@ -318,7 +386,9 @@ def tensor_with(**attributes: object) -> nn.Module:
     return net
 
 
-REBUILD = torch._utils._rebuild_tensor_v2  # one of the functions that a weights-only reader lets through
+REBUILD = (
+    torch._utils._rebuild_tensor_v2
+)  # one of the functions that a weights-only reader lets through
 
 
 @pytest.mark.parametrize(
@@ -329,14 +399,32 @@ REBUILD = torch._utils._rebuild_tensor_v2  # one of the functions that a weights
         (lambda: replaced(forward=nn.ReLU()), "its layer '0' replaces its forward"),
         (lambda: replaced(eval=3), "its layer '0' replaces its eval"),
         (lambda: replaced(__class__=3), "its layer '0' replaces its __class__"),
-        (lambda: replaced(stride=REBUILD), "its layer '0' has the attribute stride, which is no plain data"),
-        (lambda: replaced(stride=[{"a": (1, REBUILD)}]), "its layer '0' has the attribute stride, which is no plain data"),
-        (lambda: replaced(stride=nn.ReLU()), "its layer '0' has the attribute stride, which is no plain data"),
+        (
+            lambda: replaced(stride=REBUILD),
+            "its layer '0' has the attribute stride, which is no plain data",
+        ),
+        (
+            lambda: replaced(stride=[{"a": (1, REBUILD)}]),
+            "its layer '0' has the attribute stride, which is no plain data",
+        ),
+        (
+            lambda: replaced(stride=nn.ReLU()),
+            "its layer '0' has the attribute stride, which is no plain data",
+        ),
         (lambda: replaced(_parameters=3), "its layer '0' has no table _parameters"),
-        (lambda: replaced(_parameters={"weight": torch.ones(1)}), "its layer '0' has no table _parameters"),
+        (
+            lambda: replaced(_parameters={"weight": torch.ones(1)}),
+            "its layer '0' has no table _parameters",
+        ),
         (lambda: replaced(_modules={"a": 3}), "its layer '0' has no table _modules"),
-        (lambda: replaced(_buffers={"a": torch.ones(1).expand(10**9)}), "its layer '0' has a tensor in _buffers that is no plain array"),
-        (lambda: tensor_with(note=REBUILD), "the network has a tensor in _parameters that is no plain array"),
+        (
+            lambda: replaced(_buffers={"a": torch.ones(1).expand(10**9)}),
+            "its layer '0' has a tensor in _buffers that is no plain array",
+        ),
+        (
+            lambda: tensor_with(note=REBUILD),
+            "the network has a tensor in _parameters that is no plain array",
+        ),
         (turning, "its layer '1' contains itself"),
     ],
 )
@@ -355,7 +443,10 @@ class WeightWithHook(nn.Parameter):
 def test_a_hook_of_a_weight_is_refused():
     net = nn.Linear(1, 1)
     net.weight = WeightWithHook(torch.ones(1, 1))
-    assert refusal(saved(net)) == f"m.pt: is refused, for the network has a tensor in _parameters that is no plain array; {WAY_OUT}"
+    assert (
+        refusal(saved(net)) == "m.pt: is refused, for the network has a tensor in _parameters that "
+        f"is no plain array; {WAY_OUT}"
+    )
 
 
 def test_a_very_deep_network_is_refused():
@@ -374,27 +465,43 @@ def test_a_very_deep_network_is_refused():
     ("held", "needed"),
     [
         (lambda: {"a": Hostile()}, f"{os.system.__module__}.system"),
-        (lambda: {"state_dict": tiny().state_dict(), "args": Hostile()}, f"{os.system.__module__}.system"),
+        (
+            lambda: {"state_dict": tiny().state_dict(), "args": Hostile()},
+            f"{os.system.__module__}.system",
+        ),
         (lambda: replaced(hook=Hostile()), f"{os.system.__module__}.system"),
     ],
 )
 @pytest.mark.parametrize("new_format", [True, False])
 def test_files_that_would_run_programs(held, needed, new_format):
     path = saved(held(), _use_new_zipfile_serialization=new_format)
-    assert refusal(path, f"{HERE}:tiny") == f"m.pt: is refused, for it needs {needed}, beyond weights and torch.nn layers; {WAY_OUT}"
+    assert (
+        refusal(path, f"{HERE}:tiny")
+        == f"m.pt: is refused, for it needs {needed}, beyond weights and torch.nn layers; {WAY_OUT}"
+    )
     assert not Path("was_here").exists()
 
 
 @pytest.mark.parametrize("new_format", [True, False])
 def test_functions_in_a_file_stay_names(new_format):
-    path = saved({"model": trained().state_dict(), "a": Loader(), "b": [abs, Own], "c": Namespace(lr=1)}, _use_new_zipfile_serialization=new_format)
+    path = saved(
+        {"model": trained().state_dict(), "a": Loader(), "b": [abs, Own], "c": Namespace(lr=1)},
+        _use_new_zipfile_serialization=new_format,
+    )
     loads(path)
-    assert refusal(saved([abs, all])) == f"m.pt: holds a single list, neither a state dictionary nor a network; {WAY_OUT}"
+    assert (
+        refusal(saved([abs, all]))
+        == f"m.pt: holds a single list, neither a state dictionary nor a network; {WAY_OUT}"
+    )
 
 
 def test_a_network_with_layers_of_its_own_gives_its_weights():
     net = nn.Sequential(trained(), Own())
-    told = "m.pt: holds a network with layers of its own (test_load.Own); give --arch package.module:factory, and its weights are taken from the file"
+    told = (
+        "m.pt: holds a network with layers of its own (test_load.Own); give "
+        "--arch package.module:factory, and its weights are taken from the "
+        "file"
+    )
     assert refusal(saved(net), error=ConfigError) == told
     loads("m.pt")
 
@@ -402,7 +509,10 @@ def test_a_network_with_layers_of_its_own_gives_its_weights():
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_ordinary_pickles_never_run(protocol):
     Path("m.pt").write_bytes(pickle.dumps(Hostile(), protocol))
-    assert refusal("m.pt") == f"m.pt: is refused, for it needs {os.system.__module__}.system, beyond weights and torch.nn layers; {WAY_OUT}"
+    assert (
+        refusal("m.pt") == f"m.pt: is refused, for it needs {os.system.__module__}.system, "
+        f"beyond weights and torch.nn layers; {WAY_OUT}"
+    )
     assert not Path("was_here").exists()
 
 
@@ -416,7 +526,7 @@ def test_old_whole_networks():
     loads(saved(trained(), _use_new_zipfile_serialization=False), arch=None)
 
 
-# -- files of other kinds ----------------------------------------------------------------------------------------------
+# -- files of other kinds --------------------------------------------------------------------------
 def test_files_that_are_not_there():
     write_atomic("lenet.pt", b"x")
     assert refusal("lennet.pt") == "lennet.pt: no such file; did you mean 'lenet.pt'?"
@@ -431,8 +541,16 @@ def test_files_that_are_not_there():
     [
         ("m.onnx", f"ONNX models are not read by this version; {WAY_OUT}"),
         ("m.pt2", f"exported programs are not read by this version; {WAY_OUT}"),
-        ("m.rq", "is compressed already, by rqtool; use it with rqtool eval, train or export, or give the float model"),
-        ("m.h5", "is no kind of model this version reads; give a file ending in .pt, .pth, .th, .safetensors"),
+        (
+            "m.rq",
+            "is compressed already, by rqtool; use it with rqtool eval, train or "
+            "export, or give the float model",
+        ),
+        (
+            "m.h5",
+            "is no kind of model this version reads; give a file ending in .pt, "
+            ".pth, .th, .safetensors",
+        ),
         ("m.pt", "is not a readable torch file; make or fetch it again"),
     ],
 )
@@ -443,7 +561,10 @@ def test_other_kinds_of_files(name, sentence):
 
 def test_garbage_named_safetensors():
     Path("m.safetensors").write_bytes(b"hello")
-    assert refusal("m.safetensors") == "m.safetensors: is not a readable safetensors file; make or fetch it again"
+    assert (
+        refusal("m.safetensors")
+        == "m.safetensors: is not a readable safetensors file; make or fetch it again"
+    )
 
 
 FROM_ARCHIVE = "give --arch package.module:factory, and its weights are taken from the file"
@@ -452,13 +573,18 @@ FROM_ARCHIVE = "give --arch package.module:factory, and its weights are taken fr
 @pytest.mark.filterwarnings("ignore")  # torch calls TorchScript deprecated
 def test_archives_of_code_give_their_weights():
     torch.jit.script(trained().eval()).save("m.pt")
-    assert refusal("m.pt") == f"m.pt: is a TorchScript archive, which is code, not weights; {FROM_ARCHIVE}"
+    assert (
+        refusal("m.pt")
+        == f"m.pt: is a TorchScript archive, which is code, not weights; {FROM_ARCHIVE}"
+    )
     loads("m.pt")
     program = torch.export.export(trained().eval(), (torch.ones(1, 1, 4, 4),))
     torch.export.save(program, "m.pt2")
     loads("m.pt2")
     os.replace("m.pt2", "m.pt")
-    assert refusal("m.pt") == f"m.pt: exported programs are not read by this version; {FROM_ARCHIVE}"
+    assert (
+        refusal("m.pt") == f"m.pt: exported programs are not read by this version; {FROM_ARCHIVE}"
+    )
     loads("m.pt")
 
 
@@ -467,7 +593,7 @@ def test_truncated_files_are_refused():
     for length in (3, 50, len(whole) // 2, len(whole) - 1):
         Path("m.pt").write_bytes(whole[:length])
         assert refusal("m.pt", "lenet") in (
-            "m.pt: is a damaged torch file; make or fetch it again", "m.pt: is not a readable torch file; make or fetch it again"
+            "m.pt: is a damaged torch file; make or fetch it " "again", "m.pt: is not a readable " "torch file; make or fetch " "it again"
         )  # fmt: skip
 
 
@@ -475,14 +601,24 @@ def test_truncated_files_are_refused():
 @given(st.data())
 @pytest.mark.parametrize("kind", ["zip", "old", "network", "safetensors"])
 def test_damage_is_refused_or_harmless(tmp_path_factory, kind, data):
-    path = tmp_path_factory.getbasetemp() / f"damaged.{'safetensors' if kind == 'safetensors' else 'pt'}"
+    path = (
+        tmp_path_factory.getbasetemp()
+        / f"damaged.{'safetensors' if kind == 'safetensors' else 'pt'}"
+    )
     changed = bytearray(WHOLE[kind])
-    for place, value in data.draw(st.lists(st.tuples(st.integers(0, len(changed) - 1), st.integers(0, 255)), max_size=4)):
+    for place, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(changed) - 1), st.integers(0, 255)), max_size=4)
+    ):
         changed[place] = value
-    path.write_bytes(changed[: data.draw(st.integers(1, len(changed)))] if data.draw(st.booleans()) else changed)
+    path.write_bytes(
+        changed[: data.draw(st.integers(1, len(changed)))] if data.draw(st.booleans()) else changed
+    )
     try:
         net = load_model(path, None if kind == "network" else f"{HERE}:tiny")
-    except (InputError, ConfigError) as e:  # ConfigError: what was a network may have become weights
+    except (
+        InputError,
+        ConfigError,
+    ) as e:  # ConfigError: what was a network may have become weights
         assert str(e).startswith(str(path)) and str(e).isprintable()
     else:
         assert isinstance(net, nn.Module)
@@ -493,13 +629,16 @@ def _whole() -> dict[str, bytes]:
     torch.save(trained().state_dict(), files["zip"])
     torch.save(trained().state_dict(), files["old"], _use_new_zipfile_serialization=False)
     torch.save(trained(), files["network"])
-    return {**{k: f.getvalue() for k, f in files.items()}, "safetensors": safetensors.torch.save(trained().state_dict())}
+    return {
+        **{k: f.getvalue() for k, f in files.items()},
+        "safetensors": safetensors.torch.save(trained().state_dict()),
+    }
 
 
 WHOLE = _whole()
 
 
-# -- built-in networks and real files ----------------------------------------------------------------------------------
+# -- built-in networks and real files --------------------------------------------------------------
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_built_in_networks(name):
     entry = ZOO[name]
@@ -511,7 +650,9 @@ def test_the_demonstration_network():
     net, test = load_model("demo"), load_data("demo").test
     with torch.no_grad():
         right = (net(torch.from_numpy(test.x).float() / 255).argmax(1).numpy() == test.y).sum()
-    assert right > 910  # 921 where it was trained; another processor may round a few images the other way
+    assert (
+        right > 910
+    )  # 921 where it was trained; another processor may round a few images the other way
 
 
 REFERENCE = """
@@ -524,9 +665,18 @@ for path, arch in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 def test_real_checkpoints(shared_model):
-    files = {"lenetbn_mnist.pt": "lenet_bn", "resnet20-12fca82f.th": "resnet20", "resnet20_cifar10jpeg_finetuned.pt": "resnet20"}
+    files = {
+        "lenetbn_mnist.pt": "lenet_bn",
+        "resnet20-12fca82f.th": "resnet20",
+        "resnet20_cifar10jpeg_finetuned.pt": "resnet20",
+    }
     arguments = [str(a) for name, arch in files.items() for a in (shared_model(name), arch)]
     folder = shared_model("reference_models.py").parent
     path = os.pathsep.join([str(folder), *sys.path])
-    done = subprocess.run([sys.executable, "-B", "-c", REFERENCE, *arguments], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", REFERENCE, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert done.stdout == "Sequential 35610\nResNet 269722\nResNet 269722\n", done.stderr

@@ -198,9 +198,7 @@ def test_training_is_repeatable_and_loading_needs_the_cache_only(networks, tmp_p
 
 
 # -- jobs ----------------------------------------------------------------------------------------
-def test_the_job_with_an_ideal_adc_is_the_twin_of_the_others(
-    tool, networks, tmp_path, monkeypatch
-):
+def test_the_job_with_an_ideal_adc_is_the_twin_of_the_others(tool, networks, tmp_path, monkeypatch):
     other = tool("other_networks")
     cached(networks, tmp_path, monkeypatch)
     monkeypatch.setitem(other.SIZES, "seq-conv1d", other.Size(train=150, test=40))

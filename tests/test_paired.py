@@ -16,7 +16,10 @@ from rqtool.train.paired import Loss, Seeds, over_seeds, paired, student
 def hits(lost: int, gained: int, both: int, neither: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Images that only the first network gets right, only the second, both, neither."""
     counts = (lost, gained, both, neither)
-    return tuple(np.repeat(right, counts) for right in ([True, False, True, False], [False, True, True, False]))
+    return tuple(
+        np.repeat(right, counts)
+        for right in ([True, False, True, False], [False, True, True, False])
+    )
 
 
 def test_ten_lost_and_six_gained_of_a_hundred_by_hand():
@@ -42,7 +45,10 @@ def test_it_is_mcnemar_s_where_the_square_of_the_mean_is_left_out():
 
 def test_images_that_both_get_right_or_wrong_do_not_count():
     """The unpaired error of the same two figures is four times as large."""
-    loss, unpaired = paired(*hits(20, 10, 870, 100)), 100 * math.sqrt((0.89 * 0.11 + 0.88 * 0.12) / 1000)
+    loss, unpaired = (
+        paired(*hits(20, 10, 870, 100)),
+        100 * math.sqrt((0.89 * 0.11 + 0.88 * 0.12) / 1000),
+    )
     assert paired(*hits(20, 10, 100, 870)) == loss
     assert (loss.points, round(loss.se, 3), round(unpaired, 2)) == (1.0, 0.547, 1.43)
 
@@ -60,7 +66,11 @@ def test_where_every_image_differs_it_is_not_zero_either():
 
 def test_one_image_is_one_standard_error():
     loss = paired(*hits(1, 0, 999))
-    assert loss.points == 0.1 and loss.se == pytest.approx(0.1, rel=1e-3) and 1 < loss.significance < 1.001
+    assert (
+        loss.points == 0.1
+        and loss.se == pytest.approx(0.1, rel=1e-3)
+        and 1 < loss.significance < 1.001
+    )
 
 
 @pytest.mark.parametrize(("a", "b"), [((3,), (4,)), ((2, 2), (2, 2)), ((0,), (0,))])

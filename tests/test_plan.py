@@ -21,7 +21,9 @@ from rqtool.mapping.planes import extract
 def geometries(draw) -> Geometry:
     groups = draw(st.integers(1, 4))
     kernel = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
-    return Geometry(groups * draw(st.integers(1, 6)), groups * draw(st.integers(1, 9)), kernel, groups=groups)
+    return Geometry(
+        groups * draw(st.integers(1, 6)), groups * draw(st.integers(1, 9)), kernel, groups=groups
+    )
 
 
 @st.composite
@@ -43,10 +45,12 @@ def plans(draw) -> Plan:
     return Plan.make("layer", geometry, macro)
 
 
-# -- tiles -----------------------------------------------------------------------------------------------------------
+# -- tiles -----------------------------------------------------------------------------------------
 @given(plans())
 def test_every_row_of_every_group_is_read_once_by_each_pair_of_planes(plan):
-    assert [k for start, stop in plan.tiles for k in range(start, stop)] == list(range(plan.geometry.rows))
+    assert [k for start, stop in plan.tiles for k in range(start, stop)] == list(
+        range(plan.geometry.rows)
+    )
 
 
 @given(plans())
@@ -64,7 +68,16 @@ def test_whole_kernels_are_never_cut(plan):
 @given(plans())
 def test_reads_are_counted_one_by_one(plan):
     g = plan.geometry
-    reads = sum(1 for _ in product(range(g.groups), plan.tiles, range(g.group_columns), plan.input_planes, plan.weight_planes))
+    reads = sum(
+        1
+        for _ in product(
+            range(g.groups),
+            plan.tiles,
+            range(g.group_columns),
+            plan.input_planes,
+            plan.weight_planes,
+        )
+    )
     assert plan.reads_per_position == reads
     assert plan.tile_count == g.groups * len(plan.tiles)
     assert plan.reads_per_mac == reads / (g.rows * g.columns)
@@ -73,9 +86,17 @@ def test_reads_are_counted_one_by_one(plan):
 @given(plans())
 def test_io_changes_cycles_and_nothing_else(plan):
     one = Plan.make("layer", plan.geometry, Macro(**{**plan.macro.to_dict(), "io": 1}))
-    assert (one.tiles, one.acc_bound, one.reads_per_position) == (plan.tiles, plan.acc_bound, plan.reads_per_position)
+    assert (one.tiles, one.acc_bound, one.reads_per_position) == (
+        plan.tiles,
+        plan.acc_bound,
+        plan.reads_per_position,
+    )
     assert one.cycles_per_position == one.reads_per_position  # one column at a time: a cycle a read
-    assert one.cycles_per_position / plan.macro.io <= plan.cycles_per_position <= one.cycles_per_position
+    assert (
+        one.cycles_per_position / plan.macro.io
+        <= plan.cycles_per_position
+        <= one.cycles_per_position
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,25 +115,44 @@ def test_tiles_by_hand(rows, fields, tiles):
 def test_rows_and_kernels_differ_where_a_kernel_does_not_fill_the_wordlines():
     g = Geometry(4, 1, (3, 3))
     assert Plan.make("c", g, Macro(wl=16)).tiles == ((0, 16), (16, 32), (32, 36))
-    assert Plan.make("c", g, Macro(wl=16, pack="kernels")).tiles == ((0, 9), (9, 18), (18, 27), (27, 36))
+    assert Plan.make("c", g, Macro(wl=16, pack="kernels")).tiles == (
+        (0, 9),
+        (9, 18),
+        (18, 27),
+        (27, 36),
+    )
     assert Plan.make("c", g, Macro(wl=20, pack="kernels")).tiles == ((0, 18), (18, 36))
-    assert Plan.make("c", g, Macro(wl=9)).tiles == Plan.make("c", g, Macro(wl=9, pack="kernels")).tiles
+    assert (
+        Plan.make("c", g, Macro(wl=9)).tiles == Plan.make("c", g, Macro(wl=9, pack="kernels")).tiles
+    )
 
 
-# -- bounds ----------------------------------------------------------------------------------------------------------
+# -- bounds ----------------------------------------------------------------------------------------
 @given(plans())
 def test_partial_sums_reach_their_bounds_and_never_pass_them(plan):
-    """Rows are independent, so the extremes of a full tile are wl times the extremes of one row, over all weights and inputs."""
+    """Rows are independent, so the extremes of a full tile are wl times the extremes of one row,
+    over all weights and inputs."""
     m = plan.macro
     for (i, a), (j, b) in product(enumerate(plan.input_planes), enumerate(plan.weight_planes)):
-        row = [extract(w, b) * extract(x, a) for w in range(-m.q_w, m.q_w + 1) for x in range(m.q_x + 1)]
+        row = [
+            extract(w, b) * extract(x, a)
+            for w in range(-m.q_w, m.q_w + 1)
+            for x in range(m.q_x + 1)
+        ]
         assert plan.p_bounds(i, j) == (m.wl * min(row), m.wl * max(row))
 
 
 @given(plans())
 def test_the_macro_s_range_is_the_widest_of_the_pairs(plan):
-    bounds = [plan.p_bounds(i, j) for i in range(len(plan.input_planes)) for j in range(len(plan.weight_planes))]
-    assert (min(lo for lo, _ in bounds), max(hi for _, hi in bounds)) == (plan.macro.p_min, plan.macro.p_max)
+    bounds = [
+        plan.p_bounds(i, j)
+        for i in range(len(plan.input_planes))
+        for j in range(len(plan.weight_planes))
+    ]
+    assert (min(lo for lo, _ in bounds), max(hi for _, hi in bounds)) == (
+        plan.macro.p_min,
+        plan.macro.p_max,
+    )
 
 
 @given(plans())
@@ -138,7 +178,7 @@ def test_accumulator_bounds_by_hand(fields, bound):
     assert Plan.make("conv", Geometry(64, 64, (3, 3)), Macro(**fields)).acc_bound == bound
 
 
-# -- costs by hand ---------------------------------------------------------------------------------------------------
+# -- costs by hand ---------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("geometry", "fields", "tiles", "reads", "cycles", "reads_per_mac"),
     [
@@ -154,7 +194,12 @@ def test_accumulator_bounds_by_hand(fields, bound):
 )
 def test_costs_by_hand(geometry, fields, tiles, reads, cycles, reads_per_mac):
     plan = Plan.make("layer", geometry, Macro(**fields))
-    assert (plan.tile_count, plan.reads_per_position, plan.cycles_per_position, plan.reads_per_mac) == (tiles, reads, cycles, reads_per_mac)
+    assert (
+        plan.tile_count,
+        plan.reads_per_position,
+        plan.cycles_per_position,
+        plan.reads_per_mac,
+    ) == (tiles, reads, cycles, reads_per_mac)
 
 
 def test_cost_is_plain_data():
@@ -166,13 +211,15 @@ def test_cost_is_plain_data():
     }  # fmt: skip
 
 
-# -- geometry --------------------------------------------------------------------------------------------------------
+# -- geometry --------------------------------------------------------------------------------------
 @given(st.data())
 def test_output_sizes_are_those_of_torch(data):
     pair = lambda lo, hi: data.draw(st.tuples(st.integers(lo, hi), st.integers(lo, hi)))  # noqa: E731
     kernel, stride, padding, dilation = pair(1, 5), pair(1, 3), pair(0, 3), pair(1, 2)
     size = tuple(d * (k - 1) + 1 + extra for d, k, extra in zip(dilation, kernel, pair(0, 9)))
-    y = torch.nn.functional.conv2d(torch.zeros(1, 1, *size), torch.zeros(1, 1, *kernel), None, stride, padding, dilation)
+    y = torch.nn.functional.conv2d(
+        torch.zeros(1, 1, *size), torch.zeros(1, 1, *kernel), None, stride, padding, dilation
+    )
     assert Geometry(1, 1, kernel, stride, padding, dilation).out_size(*size) == tuple(y.shape[2:])
 
 
@@ -181,16 +228,22 @@ def test_a_geometry_comes_back_from_json(geometry):
     assert Geometry.from_dict(json.loads(json.dumps(geometry.to_dict()))) == geometry
 
 
-# -- refusals --------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 def test_a_kernel_that_does_not_fit_is_refused():
     with pytest.raises(ConfigError) as caught:
         Plan.make("conv1", Geometry(3, 8, (5, 5)), Macro(wl=9, pack="kernels"))
-    assert str(caught.value) == "conv1: --pack kernels needs a whole kernel of 25 rows in a read, but only 9 wordlines are on; use --pack rows or --wl 25"
+    assert (
+        str(caught.value) == "conv1: --pack kernels needs a whole kernel of 25 rows in a read, "
+        "but only 9 wordlines are on; use --pack rows or --wl 25"
+    )
 
 
 def test_an_accumulator_beyond_32_bits_is_refused():
     macro = Macro(wl=4096, in_bits=8, w_bits=8, adc_bits=None)
     with pytest.raises(ConfigError) as caught:
         Plan.make("fc", Geometry(17 * 4096, 1), macro)
-    assert str(caught.value) == "fc: the accumulator can reach 2255032320, beyond 32 bits; lower --in-bits, --w-bits or --adc-bits"
+    assert (
+        str(caught.value) == "fc: the accumulator can reach 2255032320, beyond 32 bits; lower "
+        "--in-bits, --w-bits or --adc-bits"
+    )
     assert Plan.make("fc", Geometry(16 * 4096, 1), macro).acc_bound == 2122383360

@@ -1,4 +1,5 @@
-"""Planes put together again are the number they were cut from, for every scheme, slicing and carrier."""
+"""Planes put together again are the number they were cut from, for every scheme, slicing and
+carrier."""
 
 from __future__ import annotations
 
@@ -73,7 +74,9 @@ def test_int8_holds_every_weight_without_an_offset(dtype):
 def test_uint8_holds_every_input():
     m = Macro(in_bits=8, dac_bits=3)
     codes = np.arange(256, dtype=np.uint8)
-    assert [extract(codes, p).tolist() for p in input_planes(m)] == [[extract(x, p) for x in range(256)] for p in input_planes(m)]
+    assert [extract(codes, p).tolist() for p in input_planes(m)] == [
+        [extract(x, p) for x in range(256)] for p in input_planes(m)
+    ]
 
 
 @given(st.sampled_from(weight_macros()), st.data())
@@ -98,7 +101,10 @@ def test_slices_cover_every_bit_once(total, width):
         ({}, (Plane(1, "all", 0, 3),)),
         ({"cell_bits": 2}, (Plane(1, "all", 0, 2), Plane(4, "all", 2, 1))),
         ({"sign_scheme": "split"}, (Plane(1, "positive", 0, 3), Plane(-1, "negative", 0, 3))),
-        ({"sign_scheme": "offset", "cell_bits": 2}, (Plane(1, "offset", 0, 2, 8), Plane(4, "offset", 2, 2, 8))),
+        (
+            {"sign_scheme": "offset", "cell_bits": 2},
+            (Plane(1, "offset", 0, 2, 8), Plane(4, "offset", 2, 2, 8)),
+        ),
     ],
 )
 def test_planes_by_hand(fields, planes):

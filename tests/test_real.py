@@ -1,4 +1,5 @@
-"""The whole job on real weights and real data, where they lie beside the repository; small enough to run every time."""
+"""The whole job on real weights and real data, where they lie beside the repository; small enough
+to run every time."""
 
 from __future__ import annotations
 
@@ -24,13 +25,17 @@ CALIBRATE_ONLY = rqtool.Recipe(epochs=0, calibration_images=128, norm_images=512
 
 
 @pytest.fixture(autouse=True)
-def reference_models_importable(shared_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def reference_models_importable(
+    shared_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(shared_model("reference_models.py").parent))
 
 
 @pytest.fixture(scope="module")
 def experiments() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("experiments_for_real", REPOSITORY / "tools" / "experiments.py")
+    spec = importlib.util.spec_from_file_location(
+        "experiments_for_real", REPOSITORY / "tools" / "experiments.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["experiments_for_real"] = module
     spec.loader.exec_module(module)
@@ -38,38 +43,76 @@ def experiments() -> ModuleType:
 
 
 def proved(path: Path, images: np.ndarray) -> int:
-    """How many integers of the exported program were compared with golden and found equal, in torch and onnxruntime."""
+    """How many integers of the exported program were compared with golden and found equal, in torch
+    and onnxruntime."""
     program = checkpoint.load(path).program
-    return verify(to_onnx(program), program, images, batches=(1, 5), levels=("disabled", "all")).integers
+    return verify(
+        to_onnx(program), program, images, batches=(1, 5), levels=("disabled", "all")
+    ).integers
 
 
-def test_lenet_on_mnist(shared_data: Callable[[str], Path], shared_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_lenet_on_mnist(
+    shared_data: Callable[[str], Path], shared_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     data = load_data(str(shared_data("mnist.npz")))
     part = rqtool.Data("mnist", data.train[:1500], data.test[:1000], 10)
     out = tmp_path / "lenet.rq"
-    result = rqtool.quantize(shared_model("lenetbn_mnist.pt"), part, arch="reference_models:lenet_bn", out=out, recipe=CALIBRATE_ONLY, twin=False)
+    result = rqtool.quantize(
+        shared_model("lenetbn_mnist.pt"),
+        part,
+        arch="reference_models:lenet_bn",
+        out=out,
+        recipe=CALIBRATE_ONLY,
+        twin=False,
+    )
     assert result.float_top1 > 99 and result.tuned_top1 > 98.5 and result.agreement == 100
     assert rqtool.evaluate(out, part).top1 == result.tuned_top1
     assert proved(out, part.test.x[:8]) > 8 * 50_000
 
 
-def test_resnet_20_on_cifar(shared_data: Callable[[str], Path], shared_model: Callable[[str], Path], tmp_path: Path, experiments: ModuleType) -> None:
+def test_resnet_20_on_cifar(
+    shared_data: Callable[[str], Path],
+    shared_model: Callable[[str], Path],
+    tmp_path: Path,
+    experiments: ModuleType,
+) -> None:
     with np.load(shared_data("cifar10_jpeg75.npz")) as z:
         counts = {"train": 800, "test": 300}
         parts = {
-            s: rqtool.Images(experiments.decode(z[f"{s}_jpeg"], z[f"{s}_offsets"][: n + 1]), z[f"{s}_labels"][:n].astype(np.int64)) for s, n in counts.items()
+            s: rqtool.Images(
+                experiments.decode(z[f"{s}_jpeg"], z[f"{s}_offsets"][: n + 1]),
+                z[f"{s}_labels"][:n].astype(np.int64),
+            )
+            for s, n in counts.items()
         }
     data, out = rqtool.Data("cifar", parts["train"], parts["test"], 10), tmp_path / "resnet.rq"
     preprocess = rqtool.Preprocess(mean=CIFAR_MEAN, std=CIFAR_STD)
     result = rqtool.quantize(
-        shared_model("resnet20_cifar10jpeg_finetuned.pt"), data, arch="reference_models:resnet20", out=out, recipe=CALIBRATE_ONLY, preprocess=preprocess, twin=False
+        shared_model("resnet20_cifar10jpeg_finetuned.pt"),
+        data,
+        arch="reference_models:resnet20",
+        out=out,
+        recipe=CALIBRATE_ONLY,
+        preprocess=preprocess,
+        twin=False,
     )
     assert result.float_top1 > 80 and result.tuned_top1 > 60 and result.agreement == 100
-    assert len(result.layers) == 20 and torch.isfinite(torch.tensor([row["clip_rate"] for row in result.layers])).all()
+    assert (
+        len(result.layers) == 20
+        and torch.isfinite(torch.tensor([row["clip_rate"] for row in result.layers])).all()
+    )
     assert proved(out, data.test.x[:2]) > 2 * 500_000
 
 
 def test_the_public_checkpoint_with_wrappers_loads(shared_model: Callable[[str], Path]) -> None:
-    planned = rqtool.plan(shared_model("resnet20-12fca82f.th"), arch="reference_models:resnet20", input_shape=(3, 32, 32))
-    stages = [(3 * 16 + 6 * 16 * 16) * 1024, (16 * 32 + 5 * 32 * 32) * 256, (32 * 64 + 5 * 64 * 64) * 64]  # channels in x out x positions
+    planned = rqtool.plan(
+        shared_model("resnet20-12fca82f.th"),
+        arch="reference_models:resnet20",
+        input_shape=(3, 32, 32),
+    )
+    stages = [
+        (3 * 16 + 6 * 16 * 16) * 1024,
+        (16 * 32 + 5 * 32 * 32) * 256,
+        (32 * 64 + 5 * 64 * 64) * 64,
+    ]  # channels in x out x positions
     assert planned.totals["macs"] == 9 * sum(stages) + 64 * 10 and len(planned.layers) == 20

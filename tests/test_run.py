@@ -1,4 +1,5 @@
-"""The torch carrier of integer programs: every integer of every tensor equals golden's, for every kind of operation and input."""
+"""The torch carrier of integer programs: every integer of every tensor equals golden's, for every
+kind of operation and input."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def test_every_tensor_of_a_whole_network_equals_golden(macro, floats, seed):
 
 def test_every_kind_of_operation_has_a_rule():
     assert set(RULES) | {"reads"} == set(ATTRIBUTES)
-    assert {op.kind for floats in (False, True) for op in network(floats=floats).ops} == set(ATTRIBUTES)
+    assert {op.kind for floats in (False, True) for op in network(floats=floats).ops} == set(
+        ATTRIBUTES
+    )
 
 
 @settings(max_examples=60)
@@ -65,7 +68,9 @@ def test_extreme_codes_equal_golden(name):
     program = layer_program(CASES[name])
     shape, top = program.tensors["x"].shape, program.tensors["x"].hi
     board = np.indices(shape).sum(0) % 2
-    same(program, np.stack([np.full(shape, top), np.zeros(shape, int), top * board]).astype(np.uint8))
+    same(
+        program, np.stack([np.full(shape, top), np.zeros(shape, int), top * board]).astype(np.uint8)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -85,16 +90,32 @@ def test_images_do_not_change_each_other_and_none_is_fine():
     x = images(program, 5)
     runner = Runner(program)
     together = runner(torch.from_numpy(x))
-    assert torch.equal(together, torch.cat([runner(torch.from_numpy(x[n : n + 1])) for n in range(5)]))
+    assert torch.equal(
+        together, torch.cat([runner(torch.from_numpy(x[n : n + 1])) for n in range(5)])
+    )
     layer = layer_program(CASES["nthu"])
-    assert Runner(layer)(torch.from_numpy(images(layer, 1)[:0])).shape == (0, *layer.tensors[layer.output].shape)
+    assert Runner(layer)(torch.from_numpy(images(layer, 1)[:0])).shape == (
+        0,
+        *layer.tensors[layer.output].shape,
+    )
 
 
 def test_requants_floor_below_zero_and_clamp():
     b = Builder(Macro(), 0)
     x = b.input((5,), 0, 255)
-    y = b.add("requant", [x], (5,), -3, 9, {"shift": 2, "lo": -3, "hi": 9}, mult0=np.array([-1, -1, -1, 1, 1], np.int32), add=np.array([0, 2, -50, 2, 0], np.int32))
-    assert Runner(b.program(y))(torch.tensor([[5, 5, 5, 5, 255]], dtype=torch.uint8)).tolist() == [[-2, -1, -3, 1, 9]]
+    y = b.add(
+        "requant",
+        [x],
+        (5,),
+        -3,
+        9,
+        {"shift": 2, "lo": -3, "hi": 9},
+        mult0=np.array([-1, -1, -1, 1, 1], np.int32),
+        add=np.array([0, 2, -50, 2, 0], np.int32),
+    )
+    assert Runner(b.program(y))(torch.tensor([[5, 5, 5, 5, 255]], dtype=torch.uint8)).tolist() == [
+        [-2, -1, -3, 1, 9]
+    ]
 
 
 def test_quantize_is_float32_half_up():
@@ -107,18 +128,35 @@ def test_quantize_is_float32_half_up():
 def test_max_pool_padding_never_wins():
     b = Builder(Macro(), 0)
     x = b.input((1, 2, 2), 0, 255)
-    negative = b.add("requant", [x], (1, 2, 2), -255, 0, {"shift": 0, "lo": -255, "hi": 0}, mult0=np.array([-1], np.int32).reshape(1, 1, 1), add=np.zeros((1, 1, 1), np.int32))
+    negative = b.add(
+        "requant",
+        [x],
+        (1, 2, 2),
+        -255,
+        0,
+        {"shift": 0, "lo": -255, "hi": 0},
+        mult0=np.array([-1], np.int32).reshape(1, 1, 1),
+        add=np.zeros((1, 1, 1), np.int32),
+    )
     program = b.program(b.pool("maxpool", negative, (2, 2), (2, 2), [[1, 1], [1, 1]]))
-    assert same(program, np.array([[[[1, 2], [3, 4]]]], np.uint8))[program.output].tolist() == [[[[-1, -2], [-3, -4]]]]
+    assert same(program, np.array([[[[1, 2], [3, 4]]]], np.uint8))[program.output].tolist() == [
+        [[[-1, -2], [-3, -4]]]
+    ]
 
 
 def test_one_read_worked_by_hand():
-    """Two rows, one column: p = 3 * 15 - 7 * 2 = 31 at step 2**15 / 1639 (about 20): code - zero = 2; and the gain multiplies."""
+    """Two rows, one column: p = 3 * 15 - 7 * 2 = 31 at step 2**15 / 1639 (about 20): code - zero =
+    2; and the gain multiplies."""
     macro = Macro(wl=2, granularity="tile")
     b = Builder(macro, 0)
     name = b.reads(b.input((2, 1, 1), 0, 15), Geometry(2, 1, kind="linear"))
     program = b.program(name)
     op = program.ops[0]
-    for role, value in (("weight", np.array([3, -7], np.int8).reshape(1, 2, 1, 1)), ("mult", np.full((1, 1), 1639, np.int32)), ("zero", np.full((1, 1), 8, np.int32)), ("gain", np.full((1, 1), 5, np.int32))):
+    for role, value in (
+        ("weight", np.array([3, -7], np.int8).reshape(1, 2, 1, 1)),
+        ("mult", np.full((1, 1), 1639, np.int32)),
+        ("zero", np.full((1, 1), 8, np.int32)),
+        ("gain", np.full((1, 1), 5, np.int32)),
+    ):
         program.constants[op.consts[role]] = value
     assert same(program, np.array([15, 2], np.uint8).reshape(1, 2, 1, 1))[name].item() == 5 * 2

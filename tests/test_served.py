@@ -1,4 +1,5 @@
-"""The network as it is served, in floating point, and its integer program: every input code of every layer and every score, with ==."""
+"""The network as it is served, in floating point, and its integer program: every input code of
+every layer and every score, with ==."""
 
 from __future__ import annotations
 
@@ -27,14 +28,19 @@ from rqtool.train.served import Served
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def lowered(network: Network, macro: Macro, shape: tuple[int, ...], whole: bool) -> tuple[Served, Program, torch.Tensor]:
-    """(the served network, its program, pixels) of a network calibrated on the first half of the pixels."""
+def lowered(
+    network: Network, macro: Macro, shape: tuple[int, ...], whole: bool
+) -> tuple[Served, Program, torch.Tensor]:
+    """(the served network, its program, pixels) of a network calibrated on the first half of the
+    pixels."""
     job = prepared(network, macro, shape, whole)
     program, numbers = lower(job.network, macro, job.peaks, job.pixels, whole)
     return Served(job.network, numbers), program, torch.from_numpy(job.feed.images.x)
 
 
-def input_codes(served: Served, pixels: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def input_codes(
+    served: Served, pixels: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """(the codes that each layer gets, padding left out; the scores)."""
     codes: dict[str, torch.Tensor] = {}
     for name, layer in read_layers(served).items():
@@ -43,7 +49,9 @@ def input_codes(served: Served, pixels: torch.Tensor) -> tuple[dict[str, torch.T
     for name, layer in read_layers(served).items():
         layer.watch = None
         ph, pw = layer.plan.geometry.padding
-        codes[name] = codes[name][:, :, ph : codes[name].shape[2] - ph, pw : codes[name].shape[3] - pw]
+        codes[name] = codes[name][
+            :, :, ph : codes[name].shape[2] - ph, pw : codes[name].shape[3] - pw
+        ]
     return codes, scores
 
 
@@ -64,10 +72,12 @@ def test_each_style_of_model(style: str, macro: str, whole: bool) -> None:
     assert_same(*lowered(captured(style)[1], MACROS[macro], STYLES[style].shape, whole))
 
 
-# -- models drawn from a seed --------------------------------------------------------------------------------------------
+# -- models drawn from a seed ----------------------------------------------------------------------
 def around(forward: Callable, **parts: Callable[[int], nn.Module]) -> Callable:
     """A piece with a chain of pieces of its own, beside its input."""
-    return lambda rng, c, depth: Model(forward, inner=chain(rng, c, depth - 1), **{name: build(c) for name, build in parts.items()})
+    return lambda rng, c, depth: Model(
+        forward, inner=chain(rng, c, depth - 1), **{name: build(c) for name, build in parts.items()}
+    )
 
 
 def plain(build: Callable[[int], nn.Module]) -> Callable:
@@ -90,14 +100,18 @@ PIECES: dict[str, Callable[[np.random.Generator, int, int], nn.Module]] = {
 NESTED = {
     "residual": around(lambda m, x: x + m.inner(x)),
     "residual of a norm": around(lambda m, x: F.relu(m.inner(x) - x)),
-    "join": around(lambda m, x: m.mix(torch.cat([m.inner(x), x], 1)), mix=lambda c: nn.Conv2d(2 * c, c, 1)),
+    "join": around(
+        lambda m, x: m.mix(torch.cat([m.inner(x), x], 1)), mix=lambda c: nn.Conv2d(2 * c, c, 1)
+    ),
 }
 
 
 def chain(rng: np.random.Generator, c: int, depth: int) -> nn.Sequential:
     """One to four pieces; the first is a convolution in half of the chains."""
     names = [*PIECES, *(NESTED if depth else ())] * 2
-    drawn = (["convolution", "norm"] if rng.integers(2) else []) + [names[n] for n in rng.integers(len(names), size=rng.integers(1, 4))]
+    drawn = (["convolution", "norm"] if rng.integers(2) else []) + [
+        names[n] for n in rng.integers(len(names), size=rng.integers(1, 4))
+    ]
     return nn.Sequential(*((PIECES | NESTED)[name](rng, c, depth) for name in drawn))
 
 
@@ -118,8 +132,24 @@ def test_models_drawn_from_a_seed(seed: int) -> None:
 
 
 def test_the_seeds_draw_every_operation() -> None:
-    seen = {node.op for seed in range(30) for node in capture(Style(lambda: random_model(seed), (2, 6, 6))(), (2, 6, 6)).graph.nodes}
-    assert seen >= {"conv", "batch_norm", "relu", "clamp", "maxpool", "avgpool", "affine", "add", "concat", "pad", "slice"}
+    seen = {
+        node.op
+        for seed in range(30)
+        for node in capture(Style(lambda: random_model(seed), (2, 6, 6))(), (2, 6, 6)).graph.nodes
+    }
+    assert seen >= {
+        "conv",
+        "batch_norm",
+        "relu",
+        "clamp",
+        "maxpool",
+        "avgpool",
+        "affine",
+        "add",
+        "concat",
+        "pad",
+        "slice",
+    }
 
 
 def test_scores_that_are_used_inside_too() -> None:
@@ -129,53 +159,103 @@ def test_scores_that_are_used_inside_too() -> None:
 
     network = capture(Style(lambda: Model(forward, a=nn.Linear(18, 4)), (2, 3, 3))(), (2, 3, 3))
     assert_same(*lowered(network, Macro(), (2, 3, 3), True))
-    shared = capture(Style(lambda: Model(lambda m, x: m.a(x.flatten(1)).clamp(-1, 1), a=nn.Linear(18, 4)), (2, 3, 3))(), (2, 3, 3))
+    shared = capture(
+        Style(
+            lambda: Model(lambda m, x: m.a(x.flatten(1)).clamp(-1, 1), a=nn.Linear(18, 4)),
+            (2, 3, 3),
+        )(),
+        (2, 3, 3),
+    )
     served, program, pixels = lowered(shared, Macro(), (2, 3, 3), True)
     assert_same(served, program, pixels)
     assert float(served(pixels).abs().max()) <= 1.0001
 
 
 def test_the_layers_are_the_trained_ones_and_no_operation_is_spent_between_them() -> None:
-    served, program, pixels = lowered(captured("sequential")[1], Macro(), STYLES["sequential"].shape, True)
-    assert [op.kind for op in program.ops if op.kind in ("requant", "reads", "maxpool")] == ["requant", "reads", "requant", "maxpool", "reads", "requant", "reads", "requant", "reads", "requant"]
+    served, program, pixels = lowered(
+        captured("sequential")[1], Macro(), STYLES["sequential"].shape, True
+    )
+    assert [op.kind for op in program.ops if op.kind in ("requant", "reads", "maxpool")] == [
+        "requant",
+        "reads",
+        "requant",
+        "maxpool",
+        "reads",
+        "requant",
+        "reads",
+        "requant",
+        "reads",
+        "requant",
+    ]
     names = [node.name for node in served.graph.nodes]
     seen: list[str] = []
     served(pixels, lambda name, value: seen.append(name))
     assert seen == [served.graph.input, *names]
 
 
-@pytest.mark.parametrize(("style", "macro"), [("one layer", "ideal offset"), ("tokens", "offset columns"), ("branches", "default"), ("arithmetic", "offset columns"), ("norm after relu", "free"), ("branches", "free columns")])
+@pytest.mark.parametrize(
+    ("style", "macro"),
+    [
+        ("one layer", "ideal offset"),
+        ("tokens", "offset columns"),
+        ("branches", "default"),
+        ("arithmetic", "offset columns"),
+        ("norm after relu", "free"),
+        ("branches", "free columns"),
+    ],
+)
 def test_the_exported_file_has_the_same_scores(style: str, macro: str) -> None:
     """Sums of tensors with one column and with all, of every rank."""
     served, program, pixels = lowered(captured(style)[1], MACROS[macro], STYLES[style].shape, True)
     model = to_onnx(program)
     verify(model, program, pixels[:3].numpy(), batches=(2,), levels=("disabled", "all"))
     (output,) = session(model, "all").run(None, {program.input: pixels.numpy()})
-    assert np.array_equal((output * program.meta["output_scale"]).astype(np.float32), served(pixels).numpy())
+    assert np.array_equal(
+        (output * program.meta["output_scale"]).astype(np.float32), served(pixels).numpy()
+    )
 
 
-# -- the numbers themselves ------------------------------------------------------------------------------------------------
+# -- the numbers themselves ------------------------------------------------------------------------
 def test_float64_and_whole_numbers_give_the_same_at_the_ends_of_their_ranges() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         peaks = [int(2 ** rng.uniform(0, 20)) for _ in range(rng.integers(1, 4))]
         scales = [np.exp(rng.normal(0, 4, (5, 1))) * rng.choice([-1, 1], (5, 1)) for _ in peaks]
-        grid = Grid(float(np.exp(rng.normal(0, 2))) * max(float(np.abs(s).max()) * p for s, p in zip(scales, peaks)) / 2 ** rng.integers(0, 20), int(rng.integers(0, 9)), -999, 999)
+        grid = Grid(
+            float(np.exp(rng.normal(0, 2)))
+            * max(float(np.abs(s).max()) * p for s, p in zip(scales, peaks))
+            / 2 ** rng.integers(0, 20),
+            int(rng.integers(0, 9)),
+            -999,
+            999,
+        )
         number = requant(scales, rng.normal(0, 3, (5, 1)) * grid.scale, peaks, grid, "x")
         xs = [rng.integers(-p, p + 1, (5, 60)) for p in peaks]
         xs = [np.where(rng.random(x.shape) < 0.2, np.sign(x) * p, x) for x, p in zip(xs, peaks)]
         total = sum(x * m.astype(np.int64) for x, m in zip(xs, number.mults)) + number.add
         assert np.abs(total).max() < (WIDE_BOUND if number.add.dtype == np.int64 else REQUANT_BOUND)
-        real = sum(x * 0.25 * number.factor(n, 0.25) for n, x in enumerate(xs)) + number.add / 2.0**number.shift
+        real = (
+            sum(x * 0.25 * number.factor(n, 0.25) for n, x in enumerate(xs))
+            + number.add / 2.0**number.shift
+        )
         assert np.array_equal(np.floor(real), total >> number.shift)
 
 
 def test_no_requant_of_a_drawn_model_can_overflow() -> None:
     network = capture(Style(lambda: random_model(3), (2, 6, 6))(), (2, 6, 6))
     program = lowered(network, Macro(), (2, 6, 6), True)[1]
-    assert all(requant_peak(program, op) < requant_bound(program, op) for op in program.ops if op.kind == "requant")
+    assert all(
+        requant_peak(program, op) < requant_bound(program, op)
+        for op in program.ops
+        if op.kind == "requant"
+    )
 
 
 def test_images_do_not_change_each_other() -> None:
-    served, _, pixels = lowered(captured("pad shortcut")[1], Macro(), STYLES["pad shortcut"].shape, True)
-    assert torch.equal(served(pixels[:5]), torch.cat([served(pixels[n : n + 1]) for n in range(5)])) and len(pixels) == IMAGES
+    served, _, pixels = lowered(
+        captured("pad shortcut")[1], Macro(), STYLES["pad shortcut"].shape, True
+    )
+    assert (
+        torch.equal(served(pixels[:5]), torch.cat([served(pixels[n : n + 1]) for n in range(5)]))
+        and len(pixels) == IMAGES
+    )

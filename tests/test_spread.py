@@ -32,7 +32,7 @@ def symmetric(seed: int, n: int) -> np.ndarray:
     return a + a.T
 
 
-# -- the search --------------------------------------------------------------------------------------------------------
+# -- the search ------------------------------------------------------------------------------------
 def test_by_hand():
     """Rows 0 and 1 rise together (5), 0 and 2 cancel (-4); two tiles of two rows."""
     meeting = np.array([[9, 5, -4, 0], [5, 9, 0, -1], [-4, 0, 9, 2], [0, -1, 2, 9]], float)
@@ -67,12 +67,14 @@ def test_where_nothing_can_be_won_rows_stay_in_order():
     assert least_meeting(np.zeros((4, 4)), np.array([4])).tolist() == list(range(4))
 
 
-# -- a layer -----------------------------------------------------------------------------------------------------------
+# -- a layer ---------------------------------------------------------------------------------------
 def layer_inputs(g: Geometry, seed: int = 0, size: tuple[int, int] = (9, 8), images: int = 6):
     """Codes that neighbours share, as in pictures, and weights."""
     rng = np.random.default_rng(seed)
     smooth = rng.random((images, g.channels, 1, 1)) + 0.3 * rng.random((images, g.channels, *size))
-    return torch.from_numpy(np.floor(11 * smooth)).float(), torch.from_numpy(rng.integers(-7, 8, (g.columns, g.rows))).float()
+    return torch.from_numpy(np.floor(11 * smooth)).float(), torch.from_numpy(
+        rng.integers(-7, 8, (g.columns, g.rows))
+    ).float()
 
 
 def mean_square(codes, weight, plan) -> float:
@@ -87,14 +89,24 @@ GEOMETRIES = {
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-@pytest.mark.parametrize("macro", [Macro(pack="spread"), Macro(pack="spread", wl=16), Macro(pack="spread", wl=4, sign_scheme="split")], ids=Macro.describe)
+@pytest.mark.parametrize(
+    "macro",
+    [
+        Macro(pack="spread"),
+        Macro(pack="spread", wl=16),
+        Macro(pack="spread", wl=4, sign_scheme="split"),
+    ],
+    ids=Macro.describe,
+)
 def test_partial_sums_get_smaller(name, macro):
     g = GEOMETRIES[name]
     codes, weight = layer_inputs(g)
     plan = Plan.make("layer", g, macro)
     order = spread_order(codes, weight, plan)
     assert sorted(order) == list(range(g.rows))
-    spread_out, in_order = (mean_square(codes, weight, p) for p in (Plan.make("layer", g, macro, order), plan))
+    spread_out, in_order = (
+        mean_square(codes, weight, p) for p in (Plan.make("layer", g, macro, order), plan)
+    )
     assert spread_out <= in_order
     if name == "conv" and macro.wl == 9:
         assert spread_out < 0.7 * in_order
@@ -102,7 +114,9 @@ def test_partial_sums_get_smaller(name, macro):
 
 def test_one_tile_stays_in_order():
     g = Geometry(4, 4, (3, 3), groups=4)
-    assert spread_order(*layer_inputs(g), Plan.make("layer", g, Macro(pack="spread"))) == tuple(range(9))
+    assert spread_order(*layer_inputs(g), Plan.make("layer", g, Macro(pack="spread"))) == tuple(
+        range(9)
+    )
 
 
 def test_many_rows_are_searched_in_parts(monkeypatch):
@@ -113,7 +127,10 @@ def test_many_rows_are_searched_in_parts(monkeypatch):
     monkeypatch.setattr(spread, "SEARCHED", 15)
     parts = spread_order(codes, weight, plan)
     assert sorted(parts) == list(range(40)) and parts != whole
-    least, between, in_order = (mean_square(codes, weight, Plan.make("layer", g, Macro(pack="spread"), order)) for order in (whole, parts, None))
+    least, between, in_order = (
+        mean_square(codes, weight, Plan.make("layer", g, Macro(pack="spread"), order))
+        for order in (whole, parts, None)
+    )
     assert least <= between < in_order
 
 
@@ -128,11 +145,18 @@ def test_images_and_positions_are_left_out_evenly(monkeypatch):
     assert torch.equal(rows[0], whole[:, ::5])
 
 
-# -- a network ---------------------------------------------------------------------------------------------------------
+# -- a network -------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def small_model():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128, 3),
+    )
     return capture(model, (3, 6, 6))
 
 
@@ -141,7 +165,10 @@ def test_calibration_chooses_the_order_and_a_state_keeps_it(small_model):
     x = torch.rand(50, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     calibrate(network, x, small_model)
     orders = {name: layer.plan.order for name, layer in read_layers(network).items()}
-    assert all(sorted(order) == list(range(len(order))) and order != tuple(range(len(order))) for order in orders.values())
+    assert all(
+        sorted(order) == list(range(len(order))) and order != tuple(range(len(order)))
+        for order in orders.values()
+    )
     again.load_state_dict(network.state_dict())
     assert {name: layer.plan.order for name, layer in read_layers(again).items()} == orders
     assert torch.equal(again.eval()(x), network.eval()(x))
@@ -149,11 +176,16 @@ def test_calibration_chooses_the_order_and_a_state_keeps_it(small_model):
 
 def test_an_ideal_adc_takes_rows_in_order_and_computes_the_same(small_model):
     x = torch.rand(50, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-    networks = [rewrite(small_model, Macro(adc_bits=None, pack=pack)) for pack in ("rows", "spread")]
+    networks = [
+        rewrite(small_model, Macro(adc_bits=None, pack=pack)) for pack in ("rows", "spread")
+    ]
     for network in networks:
         calibrate(network, x, small_model)
     assert torch.equal(*(network.eval()(x) for network in networks))
-    assert all(layer.order.tolist() == list(range(layer.plan.geometry.rows)) for layer in read_layers(networks[1]).values())
+    assert all(
+        layer.order.tolist() == list(range(layer.plan.geometry.rows))
+        for layer in read_layers(networks[1]).values()
+    )
 
 
 def test_the_same_images_give_the_same_order_on_any_number_of_threads(small_model):

@@ -1,4 +1,5 @@
-"""The training state: an interrupted job goes on to the same bits, and nothing but its own file is taken for it."""
+"""The training state: an interrupted job goes on to the same bits, and nothing but its own file is
+taken for it."""
 
 from __future__ import annotations
 
@@ -48,19 +49,49 @@ class Stops:
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) and value.dtype == b[name].dtype for name, value in a.items())
+    return a.keys() == b.keys() and all(
+        torch.equal(value, b[name]) and value.dtype == b[name].dtype for name, value in a.items()
+    )
 
 
-# -- the file --------------------------------------------------------------------------------------------------------
+# -- the file --------------------------------------------------------------------------------------
 def test_runs_come_back_as_they_were(tmp_path):
     runs, kept = kept_runs(tmp_path / "s", ABOUT), []
-    finetune(started(), TRAIN, HELD, replace(RECIPE, epochs=2), WORST, epoch_done=lambda run: (runs.keep("some stage", run), kept.append(run)))
-    runs.keep("odd", Run(3, 1, replace(WORST, loss=float("nan"), state={"a/b.c": torch.tensor(1.5, dtype=torch.float64)}), {}, {}))
+    finetune(
+        started(),
+        TRAIN,
+        HELD,
+        replace(RECIPE, epochs=2),
+        WORST,
+        epoch_done=lambda run: (runs.keep("some stage", run), kept.append(run)),
+    )
+    runs.keep(
+        "odd",
+        Run(
+            3,
+            1,
+            replace(
+                WORST, loss=float("nan"), state={"a/b.c": torch.tensor(1.5, dtype=torch.float64)}
+            ),
+            {},
+            {},
+        ),
+    )
     again = kept_runs(tmp_path / "s", ABOUT).runs
     assert list(again) == ["odd", "some stage"] and np.isnan(again["odd"].best.loss)
     run, before = again["some stage"], kept[-1]
-    assert (run.epoch, run.roll_backs, run.best.name, run.best.top1, run.best.loss) == (2, 0, before.best.name, before.best.top1, before.best.loss)
-    assert same(run.network, before.network) and same(run.optim, before.optim) and same(run.best.state, before.best.state)
+    assert (run.epoch, run.roll_backs, run.best.name, run.best.top1, run.best.loss) == (
+        2,
+        0,
+        before.best.name,
+        before.best.top1,
+        before.best.loss,
+    )
+    assert (
+        same(run.network, before.network)
+        and same(run.optim, before.optim)
+        and same(run.best.state, before.best.state)
+    )
     assert same(again["odd"].best.state, {"a/b.c": torch.tensor(1.5, dtype=torch.float64)})
 
 
@@ -86,10 +117,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 DIFFERENT = {
-    "--lr was 0.01 and is 0.5": about_job(started(), FEW_BITS, replace(RECIPE, lr=0.5), [TRAIN, HELD]),
+    "--lr was 0.01 and is 0.5": about_job(
+        started(), FEW_BITS, replace(RECIPE, lr=0.5), [TRAIN, HELD]
+    ),
     "--io was 8 and is 4": about_job(started(), replace(FEW_BITS, io=4), RECIPE, [TRAIN, HELD]),
     "its images had another content": about_job(started(), FEW_BITS, RECIPE, [HELD, TRAIN]),
-    "its model had another content": about_job(started(FEW_BITS.with_ideal_adc()), FEW_BITS, RECIPE, [TRAIN, HELD]),
+    "its model had another content": about_job(
+        started(FEW_BITS.with_ideal_adc()), FEW_BITS, RECIPE, [TRAIN, HELD]
+    ),
     "made by rqtool 0.0": None,
 }
 
@@ -100,7 +135,10 @@ def test_the_state_of_another_job_is_refused(tmp_path, what):
     kept_runs(tmp_path / "s", old).keep("stage", Run(1, 0, WORST, {}, {}))
     with pytest.raises(ConfigError) as e:
         kept_runs(tmp_path / "s", new)
-    assert str(e.value) == f"{tmp_path}/s: is the state of another job ({what}); give the command it was made with, or another --state"
+    assert (
+        str(e.value) == f"{tmp_path}/s: is the state of another job ({what}); give the "
+        "command it was made with, or another --state"
+    )
 
 
 def test_pixels_that_are_worth_something_else_are_another_job():
@@ -113,18 +151,32 @@ def test_a_state_with_missing_parts_is_refused(tmp_path):
     tensors, document = load_tensors(tmp_path / "s")
     del document["runs"]["stage"]["loss"]
     save_tensors(tmp_path / "t", tensors, document)
-    with pytest.raises(InputError, match=re.escape("t: its parts do not fit together ('loss'); delete the file and start again")):
+    with pytest.raises(
+        InputError,
+        match=re.escape(
+            "t: its parts do not fit together ('loss'); delete the file and start again"
+        ),
+    ):
         kept_runs(tmp_path / "t", ABOUT)
 
 
-# -- a whole job -----------------------------------------------------------------------------------------------------
+# -- a whole job -----------------------------------------------------------------------------------
 def result_of(path: Path) -> tuple:
     """What of a .rq file must not depend on interruptions."""
     saved = checkpoint.load(path)
-    return saved.program.sha256(), saved.results["metrics"], saved.results["chosen"], {name: value.numpy().tobytes() for name, value in saved.network.state_dict().items()}
+    return (
+        saved.program.sha256(),
+        saved.results["metrics"],
+        saved.results["chosen"],
+        {name: value.numpy().tobytes() for name, value in saved.network.state_dict().items()},
+    )
 
 
-@pytest.mark.parametrize("about", [{}, {"teacher": "ideal", "augment": "shift"}, {"ideal_epochs": 2, "mode": "ste"}], ids=str)
+@pytest.mark.parametrize(
+    "about",
+    [{}, {"teacher": "ideal", "augment": "shift"}, {"ideal_epochs": 2, "mode": "ste"}],
+    ids=str,
+)
 def test_an_interrupted_job_ends_in_the_same_bits(tmp_path, about):
     """Stopped in the middle of an epoch of every training in turn."""
     recipe = Recipe(epochs=2, batch=9, lr=1e-2, **about)  # four steps an epoch
@@ -141,7 +193,14 @@ def test_an_interrupted_job_ends_in_the_same_bits(tmp_path, about):
 
 
 def test_an_interrupted_job_of_train_does_too(tmp_path):
-    rqtool.quantize(net(), DATA, Macro(adc_bits=3), out=tmp_path / "m.rq", recipe=Recipe(epochs=1, batch=20), twin=False)
+    rqtool.quantize(
+        net(),
+        DATA,
+        Macro(adc_bits=3),
+        out=tmp_path / "m.rq",
+        recipe=Recipe(epochs=1, batch=20),
+        twin=False,
+    )
     job = {"recipe": {"epochs": 3, "batch": 9}, "state": tmp_path / "state"}
     rqtool.train_more(tmp_path / "m.rq", DATA, out=tmp_path / "whole.rq", recipe=job["recipe"])
     with pytest.raises(Interrupted):
@@ -161,5 +220,7 @@ def test_other_images_are_another_job(tmp_path):
     job = {"recipe": Recipe(epochs=1, batch=20), "state": tmp_path / "state", "twin": False}
     rqtool.quantize(net(), DATA, **job)
     other = Data("fewer", DATA.train[:39], DATA.test, 2)
-    with pytest.raises(ConfigError, match="is the state of another job \\(its images had another content\\)"):
+    with pytest.raises(
+        ConfigError, match="is the state of another job \\(its images had another content\\)"
+    ):
         rqtool.quantize(net(), other, **job)

@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rqtool.errors import ConfigError, InputError, RqError, StorageError
-from rqtool.storage import check_writable, decode, encode, load_tensors, read_file, save_tensors, write_atomic
+from rqtool.storage import (
+    check_writable,
+    decode,
+    encode,
+    load_tensors,
+    read_file,
+    save_tensors,
+    write_atomic,
+)
 
 TENSORS = {
     "conv.weight": np.arange(-12, 12, dtype=np.int8).reshape(2, 3, 4),
@@ -29,7 +37,12 @@ TENSORS = {
     "nothing": np.zeros((0, 3), np.uint8),
     "on": np.array([True, False]),
 }
-DOCUMENT = {"graph": [{"kind": "reads", "name": "conv"}], "history": [0.25, 1e-9], "macro": None, "ä": "\x1b"}
+DOCUMENT = {
+    "graph": [{"kind": "reads", "name": "conv"}],
+    "history": [0.25, 1e-9],
+    "macro": None,
+    "ä": "\x1b",
+}
 GOOD = encode(TENSORS, DOCUMENT)
 
 
@@ -37,7 +50,7 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-# -- atomic writes -----------------------------------------------------------------------------------------------------
+# -- atomic writes ---------------------------------------------------------------------------------
 def test_a_write_leaves_exactly_the_file(tmp_path):
     write_atomic(tmp_path / "out.rq", b"one")
     assert leftovers(tmp_path) == ["out.rq"]
@@ -76,7 +89,10 @@ def test_a_link_is_followed(tmp_path):
 
 @pytest.mark.parametrize("force", [False, True])
 def test_folders_and_devices_are_refused(tmp_path, force):
-    for path, what in ((tmp_path, "is a folder; give --out the name of a file"), ("/dev/null", "is not a regular file; give another --out")):
+    for path, what in (
+        (tmp_path, "is a folder; give --out the name of a file"),
+        ("/dev/null", "is not a regular file; give another --out"),
+    ):
         with pytest.raises(ConfigError) as e:
             write_atomic(path, b"one", force=force)
         assert str(e.value) == f"{path}: {what}"
@@ -84,7 +100,12 @@ def test_folders_and_devices_are_refused(tmp_path, force):
 
 @pytest.mark.parametrize(
     ("place", "reason"),
-    [("missing/out.rq", "No such file or directory"), ("file/out.rq", "Not a directory"), ("x" * 300, "File name too long"), ("a\0b", "embedded null byte")],
+    [
+        ("missing/out.rq", "No such file or directory"),
+        ("file/out.rq", "Not a directory"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "embedded null byte"),
+    ],
 )
 @pytest.mark.parametrize("refused", [check_writable, lambda p: write_atomic(p, b"two")])
 def test_a_place_that_takes_no_file(tmp_path, place, reason, refused):
@@ -92,7 +113,10 @@ def test_a_place_that_takes_no_file(tmp_path, place, reason, refused):
     with pytest.raises(StorageError) as e:
         refused(tmp_path / place)
     name = str(tmp_path / place).replace("\0", "\\x00")
-    assert str(e.value) == f"{name}: cannot be written ({reason}); free or create the place, or give another --out"
+    assert (
+        str(e.value)
+        == f"{name}: cannot be written ({reason}); free or create the place, or give another --out"
+    )
     assert leftovers(tmp_path) == ["file"]
 
 
@@ -106,7 +130,10 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
     monkeypatch.setattr(os, call, full)
     with pytest.raises(StorageError) as e:
         write_atomic(path, b"new", force=True)
-    assert str(e.value) == f"{path}: cannot be written (No space left on device); free or create the place, or give another --out"
+    assert (
+        str(e.value) == f"{path}: cannot be written (No space left on device); free or "
+        "create the place, or give another --out"
+    )
     assert path.read_bytes() == b"old"
     assert leftovers(tmp_path) == ["out.rq"]
 
@@ -114,14 +141,24 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
 def test_a_write_beyond_the_quota_is_one_sentence(tmp_path):
     """The system itself refuses here: the process may write files of 4,096 bytes at most."""
     code = (
-        "import sys; from rqtool.storage import write_atomic; from rqtool.errors import StorageError\n"
+        "import sys; from rqtool.storage import write_atomic; from "
+        "rqtool.errors import StorageError\n"
         "try: write_atomic(sys.argv[1], bytes(100_000))\n"
         "except StorageError as e: print(e)"
     )
     path = tmp_path / "out.rq"
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
-    done = subprocess.run([sys.executable, "-B", "-c", code, path], capture_output=True, text=True, preexec_fn=limit, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    assert done.stdout == f"{path}: cannot be written (File too large); free or create the place, or give another --out\n", done.stderr
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code, path],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (
+        done.stdout == f"{path}: cannot be written (File too large); free or create the "
+        "place, or give another --out\n"
+    ), done.stderr
     assert leftovers(tmp_path) == []
 
 
@@ -135,7 +172,7 @@ def test_an_interruption_removes_the_temporary_file(tmp_path, monkeypatch):
     assert leftovers(tmp_path) == []
 
 
-# -- reading plain files -----------------------------------------------------------------------------------------------
+# -- reading plain files ---------------------------------------------------------------------------
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "model.rq").write_bytes(b"x")
     (tmp_path / "empty.rq").write_bytes(b"")
@@ -143,11 +180,15 @@ def test_files_that_cannot_be_read(tmp_path):
     cases = {
         tmp_path / "modle.rq": f"no such file; did you mean '{tmp_path / 'model.rq'}'?",
         tmp_path / "zzzzzzzz": "no such file; check the name",
-        tmp_path / "no" / "model.rq": f"no such file; the folder {tmp_path / 'no'} cannot be listed either; check the name",
+        tmp_path
+        / "no"
+        / "model.rq": f"no such file; the folder {tmp_path / 'no'} cannot be listed "
+        "either; check the name",
         tmp_path: "is a folder, not a file; give a file",
         tmp_path / "pipe": "is a device, not a file; give a file",
         tmp_path / "empty.rq": "is empty (0 bytes); make or fetch it again",
-        tmp_path / ("x" * 300): "cannot be read (File name too long); check the name and its permissions",
+        tmp_path
+        / ("x" * 300): "cannot be read (File name too long); check the name and its permissions",
     }
     for path, what in cases.items():
         with pytest.raises(InputError) as e:
@@ -161,18 +202,27 @@ def test_names_are_escaped(tmp_path):
     assert str(e.value) == "no\\x1b[2Jsuch: no such file; check the name"
 
 
-# -- .rq files ---------------------------------------------------------------------------------------------------------
+# -- .rq files -------------------------------------------------------------------------------------
 def test_what_goes_in_comes_out(tmp_path):
     save_tensors(tmp_path / "m.rq", TENSORS, DOCUMENT)
     tensors, document = load_tensors(tmp_path / "m.rq")
     assert document == DOCUMENT
     assert list(tensors) == sorted(TENSORS)
     for name, array in TENSORS.items():
-        assert (tensors[name].dtype, tensors[name].shape, tensors[name].tobytes()) == (array.dtype, array.shape, array.tobytes())
+        assert (tensors[name].dtype, tensors[name].shape, tensors[name].tobytes()) == (
+            array.dtype,
+            array.shape,
+            array.tobytes(),
+        )
         assert tensors[name].flags.writeable
 
 
-@given(hnp.arrays(st.sampled_from(["?", "<i1", ">i2", "<u4", ">f4", "<f2", "<f8", "<u8"]), hnp.array_shapes(min_dims=0, max_dims=3, min_side=0)))
+@given(
+    hnp.arrays(
+        st.sampled_from(["?", "<i1", ">i2", "<u4", ">f4", "<f2", "<f8", "<u8"]),
+        hnp.array_shapes(min_dims=0, max_dims=3, min_side=0),
+    )
+)
 def test_every_array_comes_back(array):
     (back,) = decode(encode({"a": array}, {}), "m.rq")[0].values()
     assert back.shape == array.shape
@@ -192,7 +242,9 @@ def test_equal_content_gives_equal_bytes():
 def test_any_safetensors_reader_opens_it(tmp_path):
     save_tensors(tmp_path / "m.rq", TENSORS, DOCUMENT)
     tensors = safetensors.numpy.load_file(tmp_path / "m.rq")
-    assert {k: v.tobytes() for k, v in tensors.items()} == {k: v.tobytes() for k, v in TENSORS.items()}
+    assert {k: v.tobytes() for k, v in tensors.items()} == {
+        k: v.tobytes() for k, v in TENSORS.items()
+    }
     with safetensors.safe_open(tmp_path / "m.rq", framework="numpy") as f:
         assert f.metadata()["format"] == "rqtool.rq/1"
         assert json.loads(f.metadata()["document"]) == DOCUMENT
@@ -202,7 +254,10 @@ def test_any_safetensors_reader_opens_it(tmp_path):
 def test_other_arrays_cannot_be_stored(array):
     with pytest.raises(RqError) as e:
         encode({"a": array}, {})
-    assert str(e.value) == f"a: a tensor of {array.dtype} under this name cannot be stored; use booleans, integers or float16 to float64"
+    assert (
+        str(e.value) == f"a: a tensor of {array.dtype} under this name cannot be stored; use "
+        "booleans, integers or float16 to float64"
+    )
 
 
 def refusal(data: bytes) -> str:
@@ -226,7 +281,9 @@ def test_every_truncation_is_refused():
 
 
 @settings(max_examples=500)
-@given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=8))
+@given(
+    st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=8)
+)
 def test_changed_bytes_are_refused(changes):
     changed = bytearray(GOOD)
     for place, value in changes:
@@ -235,7 +292,9 @@ def test_changed_bytes_are_refused(changes):
         refusal(bytes(changed))
 
 
-@given(st.binary(max_size=200), st.sampled_from([b"", GOOD[:8], struct.pack("<Q", 2) + b"{}", GOOD]))
+@given(
+    st.binary(max_size=200), st.sampled_from([b"", GOOD[:8], struct.pack("<Q", 2) + b"{}", GOOD])
+)
 def test_other_bytes_are_refused(tail, head):
     if head + tail != GOOD:
         refusal(head + tail)
@@ -251,19 +310,38 @@ def respelled(edit) -> bytes:
     return struct.pack("<Q", len(spelled)) + spelled + GOOD[8 + length :]
 
 
-NO_TAG = "m.rq: is not an rqtool file (no format tag rqtool.rq/1); give a .rq file, or a safetensors state dictionary where a model is asked"
+NO_TAG = (
+    "m.rq: is not an rqtool file (no format tag rqtool.rq/1); give a .rq "
+    "file, or a safetensors state dictionary where a model is asked"
+)
 
 
 @pytest.mark.parametrize(
     ("edit", "sentence"),
     [
-        (lambda h: h["__metadata__"].update(format="rqtool.rq/2"), "has the format rqtool.rq/2, but this version reads only rqtool.rq/1; update rqtool"),
-        (lambda h: h["__metadata__"].update(format="rqtool.rq/0"), "has the format rqtool.rq/0, but this version reads only rqtool.rq/1; make it again with this version"),
+        (
+            lambda h: h["__metadata__"].update(format="rqtool.rq/2"),
+            "has the format rqtool.rq/2, but this version reads only rqtool.rq/1; update rqtool",
+        ),
+        (
+            lambda h: h["__metadata__"].update(format="rqtool.rq/0"),
+            "has the format rqtool.rq/0, but this version reads only "
+            "rqtool.rq/1; make it again with this version",
+        ),
         (lambda h: h["__metadata__"].pop("format"), NO_TAG.removeprefix("m.rq: ")),
         (lambda h: h.pop("__metadata__"), NO_TAG.removeprefix("m.rq: ")),
-        (lambda h: h["__metadata__"].update(document="{}"), "is damaged (the sha256 of its document differs); copy or make it again"),
-        (lambda h: h["__metadata__"].update(tensors_sha256="{}"), "is damaged (its tensors do not fit its header, 'conv.weight'); copy or make it again"),
-        (lambda h: h["gain"].update(shape=[3, 1]), "is damaged (the sha256 of tensor gain differs); copy or make it again"),
+        (
+            lambda h: h["__metadata__"].update(document="{}"),
+            "is damaged (the sha256 of its document differs); copy or make it again",
+        ),
+        (
+            lambda h: h["__metadata__"].update(tensors_sha256="{}"),
+            "is damaged (its tensors do not fit its header, 'conv.weight'); copy or make it again",
+        ),
+        (
+            lambda h: h["gain"].update(shape=[3, 1]),
+            "is damaged (the sha256 of tensor gain differs); copy or make it again",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(edit, sentence):
@@ -273,13 +351,21 @@ def test_what_is_wrong_is_said(edit, sentence):
 def test_another_spelling_of_the_same_header_is_refused():
     length = int.from_bytes(GOOD[:8], "little")
     spaced = GOOD[8 : 8 + length].replace(b'"gain":', b'"gain": ')
-    assert refusal(struct.pack("<Q", len(spaced)) + spaced + GOOD[8 + length :]) == "m.rq: is damaged (its header is not spelled as rqtool writes it); copy or make it again"
+    assert (
+        refusal(struct.pack("<Q", len(spaced)) + spaced + GOOD[8 + length :])
+        == "m.rq: is damaged (its header is not spelled as rqtool writes it); copy or make it again"
+    )
 
 
 def test_a_deep_document_is_refused():
     text = "[" * 100_000
     digest = hashlib.sha256(text.encode()).hexdigest()
-    assert refusal(respelled(lambda h: h["__metadata__"].update(document=text, document_sha256=digest))) == "m.rq: is damaged (its document is not JSON); copy or make it again"
+    assert (
+        refusal(
+            respelled(lambda h: h["__metadata__"].update(document=text, document_sha256=digest))
+        )
+        == "m.rq: is damaged (its document is not JSON); copy or make it again"
+    )
 
 
 def test_a_state_dictionary_is_no_rq_file(tmp_path):
@@ -290,4 +376,7 @@ def test_a_state_dictionary_is_no_rq_file(tmp_path):
 
 
 def test_garbage_is_no_rq_file():
-    assert refusal(b"hello") == "m.rq: is not an rqtool file, or is damaged (its first bytes are no safetensors header); give a .rq file"
+    assert (
+        refusal(b"hello") == "m.rq: is not an rqtool file, or is damaged (its first bytes are no "
+        "safetensors header); give a .rq file"
+    )

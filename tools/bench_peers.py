@@ -1,9 +1,11 @@
-"""Time public ways to simulate the same reads, beside rqtool's kernels and F.conv2d: `make bench-peers`.
+"""Time public ways to simulate the same reads, beside rqtool's kernels and F.conv2d: `make
+bench-peers`.
 
     python tools/bench_peers.py [--repeats 7] [--report docs/performance-peers.md]
 
-The layer is 64 -> 64 channels, 3x3, 16x16, batch 16. The two plain torch forms compute rqtool's codes (this is checked); aihwkit-lightning is set
-to tiles of as many rows and an ADC of as many steps, its own arithmetic otherwise. It is installed in an environment of its own.
+The layer is 64 -> 64 channels, 3x3, 16x16, batch 16. The two plain torch forms compute rqtool's
+codes (this is checked); aihwkit-lightning is set to tiles of as many rows and an ADC of as many
+steps, its own arithmetic otherwise. It is installed in an environment of its own.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def all_at_once(x: torch.Tensor, w: torch.Tensor, layer: Layer) -> torch.Tensor:
 
 
 def peer_layer(layer: Layer) -> nn.Module | None:
-    """aihwkit-lightning's convolution with tiles of as many rows and as many output steps; None where it is not installed."""
+    """aihwkit-lightning's convolution with tiles of as many rows and as many output steps; None
+    where it is not installed."""
     try:
         from aihwkit_lightning.nn import AnalogConv2d
         from aihwkit_lightning.simulator.configs import TorchInferenceRPUConfig
@@ -59,8 +62,16 @@ def peer_layer(layer: Layer) -> nn.Module | None:
         return None
     config = TorchInferenceRPUConfig()
     config.mapping.max_input_size = layer.macro.wl
-    config.forward.inp_res, config.forward.out_res, config.forward.out_bound = 2**4 - 2, 2**4 - 2, 10.0
-    config.pre_post.input_range.enable, config.pre_post.input_range.init_from_data, config.pre_post.input_range.init_value = True, 0, 15.0
+    config.forward.inp_res, config.forward.out_res, config.forward.out_bound = (
+        2**4 - 2,
+        2**4 - 2,
+        10.0,
+    )
+    (
+        config.pre_post.input_range.enable,
+        config.pre_post.input_range.init_from_data,
+        config.pre_post.input_range.init_value,
+    ) = True, 0, 15.0
     return AnalogConv2d(layer.channels, layer.channels, 3, padding=1, bias=False, rpu_config=config)
 
 
@@ -84,7 +95,9 @@ def forms(layer: Layer, threads: int, backward: bool) -> dict[str, Callable[[], 
         return both if backward else forward
 
     convolution = layer.convolutions()[int(backward)]
-    ours = (lambda: layer.step(layer.spec, threads)) if backward else (lambda: layer.forward(threads))
+    ours = (
+        (lambda: layer.step(layer.spec, threads)) if backward else (lambda: layer.forward(threads))
+    )
     found = {
         "F.conv2d": convolution,
         "rqtool": ours,
@@ -99,7 +112,10 @@ def forms(layer: Layer, threads: int, backward: bool) -> dict[str, Callable[[], 
 
 def check(layer: Layer) -> None:
     """The plain torch forms give rqtool's numbers."""
-    x, w = torch.from_numpy(layer.codes[:, :, 1:-1, 1:-1].astype("float32")), torch.from_numpy(layer.weight.astype("float32"))
+    x, w = (
+        torch.from_numpy(layer.codes[:, :, 1:-1, 1:-1].astype("float32")),
+        torch.from_numpy(layer.weight.astype("float32")),
+    )
     from rqtool.kernels import cpu
 
     expected = torch.from_numpy(cpu.forward(layer.codes, layer.weight, layer.spec, 1)).flatten(2)
@@ -125,8 +141,8 @@ def main() -> None:
         print("\n".join(lines[-len(rows) - 6 :]), flush=True)
     head = [
         "# Beside other tools", "",
-        f"Written by `make bench-peers` (tools/bench_peers.py) on {m['processor']}, {m['cores']} cores, torch {m['torch']}. One layer: 64 -> 64 channels, 3x3, 16x16, batch {BATCH},",
-        f"4/4 bits, 4-bit ADC; ratios of medians of {args.repeats} runs, all forms in turn in one process. The plain torch forms give rqtool's codes; {PEER} has as many rows",
+        "Written by `make bench-peers` (tools/bench_peers.py) on " f"{m['processor']}, {m['cores']} cores, torch {m['torch']}. One " f"layer: 64 -> 64 channels, 3x3, 16x16, batch {BATCH},",
+        f"4/4 bits, 4-bit ADC; ratios of medians of {args.repeats} runs, all " "forms in turn in one process. The plain torch forms give rqtool's " f"codes; {PEER} has as many rows",
         "a tile and ADC steps, with its own arithmetic.", "",
     ]  # fmt: skip
     write_atomic(args.report, "\n".join(head + lines).encode(), force=True)

@@ -1,9 +1,10 @@
-"""Write the embedded data set: a balanced part of Fashion-MNIST, 400 training and 100 test images of each class.
+"""Write the embedded data set: a balanced part of Fashion-MNIST, 400 training and 100 test images
+of each class.
 
     python tools/make_demo_data.py fashion_mnist.npz rqtool/demo/fashion.npz
 
-The first argument is anything `rqtool` reads as data and that holds the official training and test images. The same source gives
-the same bytes.
+The first argument is anything `rqtool` reads as data and that holds the official training and test
+images. The same source gives the same bytes.
 """
 
 from __future__ import annotations
@@ -34,9 +35,18 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     args = parser.parse_args()
     data = load_data(args.data)
-    train, test = balanced(data.train, args.train_per_class, args.seed), balanced(data.test, args.test_per_class, args.seed)
+    train, test = (
+        balanced(data.train, args.train_per_class, args.seed),
+        balanced(data.test, args.test_per_class, args.seed),
+    )
     file = io.BytesIO()
-    np.savez_compressed(file, x_train=train.x[:, 0], y_train=train.y.astype(np.uint8), x_test=test.x[:, 0], y_test=test.y.astype(np.uint8))
+    np.savez_compressed(
+        file,
+        x_train=train.x[:, 0],
+        y_train=train.y.astype(np.uint8),
+        x_test=test.x[:, 0],
+        y_test=test.y.astype(np.uint8),
+    )
     write_atomic(args.out, file.getvalue(), force=args.force)
     print(f"{len(train)} training and {len(test)} test images, {len(file.getvalue())} bytes")
 

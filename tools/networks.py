@@ -398,9 +398,7 @@ def reference(kind: Kind, shared: Path) -> nn.Module:
 
 def built(kind: Kind, shared: Path) -> nn.Module:
     """The network with the weights it starts from."""
-    return (
-        kind.build() if callable(kind.build) else getattr(reference_models(shared), kind.build)()
-    )
+    return kind.build() if callable(kind.build) else getattr(reference_models(shared), kind.build)()
 
 
 @remembered

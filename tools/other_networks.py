@@ -7,10 +7,11 @@
 DIR of --cache is filled by tools/networks.py (seed 0). Every job is one call of rqtool.quantize
 with the default macro and recipe of the version that Python imports, so another version is judged
 with PYTHONPATH=ITS_CHECKOUT; only the bits of the ADC, the epochs and the seed are set. The seed
-draws the training images, too. The job with an ideal ADC is the twin of the other jobs of its network
-and seed; --paired trains a twin in each job instead, for the paired standard error where rqtool gives
-one. Finished rows are JSON files in --rows (default docs/results) and are not run again. Each job
-runs on one thread, --jobs networks side by side. tools/results.py writes the tables.
+draws the training images, too. The job with an ideal ADC is the twin of the other jobs of its
+network and seed; --paired trains a twin in each job instead, for the paired standard error where
+rqtool gives one. Finished rows are JSON files in --rows (default docs/results) and are not run
+again. Each job runs on one thread, --jobs networks side by side. tools/results.py writes the
+tables.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from functools import cache as remembered
 from pathlib import Path
 from typing import Any
 
+import networks
 import torch
 
-import networks
 import rqtool
 from rqtool.storage import write_atomic
 
@@ -205,9 +206,7 @@ def arguments() -> argparse.Namespace:
     if not args.list and (
         args.cache is None or not re.fullmatch(r"[\w.]+", args.version_label or "")
     ):
-        parser.error(
-            "--cache DIR and --version-label LABEL (letters, digits, dots, _) are needed"
-        )
+        parser.error("--cache DIR and --version-label LABEL (letters, digits, dots, _) are needed")
     return args
 
 

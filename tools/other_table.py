@@ -46,9 +46,7 @@ def section(rows: Path) -> list[str]:
 
 def bits_of(rows: list[Row]) -> list[str]:
     """The ADCs that have rows, the ideal one first, then the most bits first."""
-    return sorted(
-        {row["bits"] for row in rows}, key=lambda b: -math.inf if b == IDEAL else -int(b)
-    )
+    return sorted({row["bits"] for row in rows}, key=lambda b: -math.inf if b == IDEAL else -int(b))
 
 
 def versions(rows: list[Row]) -> list[str]:
@@ -57,8 +55,7 @@ def versions(rows: list[Row]) -> list[str]:
     for row in rows:
         commits[row["label"]].add(row["commit"])
     return [
-        f"- {label}: commit {', '.join(sorted(found))}"
-        for label, found in sorted(commits.items())
+        f"- {label}: commit {', '.join(sorted(found))}" for label, found in sorted(commits.items())
     ]
 
 

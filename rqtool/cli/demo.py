@@ -13,8 +13,15 @@ from rqtool.report import results
 
 @shows(results.demo)
 def demo(
-    folder: Annotated[str, option("--folder", metavar="DIR", help="Where demo.rq and demo.onnx go (default rqtool-demo).")] = "rqtool-demo",
-    epochs: Annotated[str, option("--epochs", metavar="N", help="Epochs of fine-tuning (default 6).")] = "6",
+    folder: Annotated[
+        str,
+        option(
+            "--folder", metavar="DIR", help="Where demo.rq and demo.onnx go (default rqtool-demo)."
+        ),
+    ] = "rqtool-demo",
+    epochs: Annotated[
+        str, option("--epochs", metavar="N", help="Epochs of fine-tuning (default 6).")
+    ] = "6",
     threads: Threads = None,
 ) -> dict[str, Any]:
     """Do the whole job on an embedded model and data set.
@@ -23,4 +30,6 @@ def demo(
     """
     count = values.whole("--epochs", epochs)
     use_threads(threads)
-    return rqtool.run_demo(folder, recipe=rqtool.Recipe(epochs=count), progress=make_progress()).to_json()
+    return rqtool.run_demo(
+        folder, recipe=rqtool.Recipe(epochs=count), progress=make_progress()
+    ).to_json()

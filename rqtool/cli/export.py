@@ -15,25 +15,62 @@ from rqtool.report import results
 @shows(results.exported)
 def export(
     rq: Annotated[str, argument(metavar="RQ", help="A file that rqtool quantize wrote.")],
-    file: Annotated[str | None, argument(metavar="[FILE]", help="The file to write (default: beside RQ, ending in .onnx).")] = None,
-    onnx: Annotated[bool, option("--onnx", help="Write ONNX, the only format so far; the name of the file may follow.")] = False,
+    file: Annotated[
+        str | None,
+        argument(metavar="[FILE]", help="The file to write (default: beside RQ, ending in .onnx)."),
+    ] = None,
+    onnx: Annotated[
+        bool,
+        option(
+            "--onnx", help="Write ONNX, the only format so far; the name of the file may follow."
+        ),
+    ] = False,
     out: Annotated[str | None, option("--out", metavar="FILE", help="The same as [FILE].")] = None,
-    body: Annotated[str, option("--body", metavar="qlinear|explicit", help="Fast, or with partial sums as tensors (default qlinear).")] = "qlinear",
-    no_verify: Annotated[bool, option("--no-verify", help="Do not prove the file equal to the definition first.")] = False,
-    data: Annotated[str | None, option("--data", metavar="SRC", help="Images to prove it on (default: random pixels).")] = None,
-    images: Annotated[str, option("--images", metavar="N", help="How many of them (default 8).")] = "8",
-    vectors: Annotated[str | None, option("--vectors", metavar="DIR", help="Also write golden vectors of every tensor for the same images.")] = None,
+    body: Annotated[
+        str,
+        option(
+            "--body",
+            metavar="qlinear|explicit",
+            help="Fast, or with partial sums as tensors (default qlinear).",
+        ),
+    ] = "qlinear",
+    no_verify: Annotated[
+        bool, option("--no-verify", help="Do not prove the file equal to the definition first.")
+    ] = False,
+    data: Annotated[
+        str | None,
+        option("--data", metavar="SRC", help="Images to prove it on (default: random pixels)."),
+    ] = None,
+    images: Annotated[
+        str, option("--images", metavar="N", help="How many of them (default 8).")
+    ] = "8",
+    vectors: Annotated[
+        str | None,
+        option(
+            "--vectors",
+            metavar="DIR",
+            help="Also write golden vectors of every tensor for the same images.",
+        ),
+    ] = None,
     force: Force = False,
 ) -> dict[str, Any]:
     """Write the integer program as ONNX.
 
-    The file carries metadata about every read. Unless --no-verify is given, it is first proved that no integer of any tensor differs
-    from the definition.
+    The file carries metadata about every read. Unless --no-verify is given, it is first proved that
+    no integer of any tensor differs from the definition.
     """
     rq, target = named(rq, file, out)
     count = values.whole("--images", images)
     return rqtool.export_onnx(
-        rq, target, body=body, verify=not no_verify, data=data, images=count, vectors=vectors, force=force, progress=make_progress()
+        rq,
+        target,
+        body=body,
+        verify=not no_verify,
+        data=data,
+        images=count,
+        vectors=vectors,
+        force=force,
+        progress=make_progress(),
     ).to_json()
 
 

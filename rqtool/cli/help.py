@@ -1,4 +1,5 @@
-"""Help pages: plain text, options in groups, the same for every release of typer; an unknown command gets a suggestion."""
+"""Help pages: plain text, options in groups, the same for every release of typer; an unknown
+command gets a suggestion."""
 
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """`--onnx=FILE` is `--onnx FILE`."""
-        spread = [part for arg in args for part in (("--onnx", arg[7:]) if arg.startswith("--onnx=") else (arg,))]
+        spread = [
+            part
+            for arg in args
+            for part in (("--onnx", arg[7:]) if arg.startswith("--onnx=") else (arg,))
+        ]
         return super().parse_args(ctx, spread)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
@@ -40,7 +45,9 @@ def _record(param: Any) -> tuple[str, str]:
     if param.param_type_name == "argument":
         return param.metavar, param.help
     placeholder = "" if param.is_flag else f" {param.metavar}"
-    return ", ".join(param.opts) + placeholder, param.help + (" Required." if param.required else "")
+    return ", ".join(param.opts) + placeholder, param.help + (
+        " Required." if param.required else ""
+    )
 
 
 class Group(TyperGroup):
@@ -51,5 +58,7 @@ class Group(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in self.commands:
-            raise ConfigError(f"there is no command '{escaped(args[0])}'; {suggestion(args[0], self.commands)}")
+            raise ConfigError(
+                f"there is no command '{escaped(args[0])}'; {suggestion(args[0], self.commands)}"
+            )
         return super().resolve_command(ctx, args)

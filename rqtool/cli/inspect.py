@@ -10,6 +10,9 @@ from rqtool.report import results
 
 
 @shows(results.inspected)
-def inspect(file: Annotated[str, argument(metavar="FILE", help="A .rq, .onnx, safetensors or torch file.")], weights: Weights = None) -> dict[str, Any]:
+def inspect(
+    file: Annotated[str, argument(metavar="FILE", help="A .rq, .onnx, safetensors or torch file.")],
+    weights: Weights = None,
+) -> dict[str, Any]:
     """Show what a file holds; nothing in it is executed."""
     return rqtool.inspect(file, weights)

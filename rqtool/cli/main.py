@@ -37,12 +37,20 @@ def _version(asked: bool) -> None:
         raise typer.Exit()
 
 
-def top(version: Annotated[bool, option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False) -> None:
-    """Compress trained networks for ReRAM computing-in-memory chips, with the ADC of every read in the arithmetic."""
+def top(
+    version: Annotated[
+        bool,
+        option("--version", callback=_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Compress trained networks for ReRAM computing-in-memory chips, with the ADC of every read in
+    the arithmetic."""
 
 
 def _app() -> Any:
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, cls=Group)
+    app = typer.Typer(
+        add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, cls=Group
+    )
     app.callback()(top)
     for name, command in COMMANDS.items():
         app.command(name, cls=Command)(command)
@@ -50,8 +58,9 @@ def _app() -> Any:
 
 
 def sleep_soon() -> None:
-    """Let threads of GNU OpenMP that wait for each other sleep soon, unless the user has said how they wait. By default they stay awake, and where
-    another process is busy they keep the very thread that they wait for from its core. Read when torch loads the library."""
+    """Let threads of GNU OpenMP that wait for each other sleep soon, unless the user has said how
+    they wait. By default they stay awake, and where another process is busy they keep the very
+    thread that they wait for from its core. Read when torch loads the library."""
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         os.environ["GOMP_SPINCOUNT"] = PATIENCE
 
@@ -91,7 +100,8 @@ def _invoke(args: list[str]) -> int:
 
 @contextmanager
 def _sigterm() -> Iterator[None]:
-    """SIGTERM becomes an exception, so that temporary files go and the exit code says what happened."""
+    """SIGTERM becomes an exception, so that temporary files go and the exit code says what
+    happened."""
 
     def stop(*_: Any) -> NoReturn:
         raise Terminated
@@ -109,14 +119,20 @@ def _sigterm() -> Iterator[None]:
 
 def _failed(e: BaseException, args: list[str], debug: bool, as_json: bool) -> int:
     """Say what happened: a sentence on stderr, with --json also an object on stdout; the exit code."""
-    code, message = explain(e, " ".join(["rqtool", *args[: args[0] in COMMANDS]]) if args else "rqtool")
+    code, message = explain(
+        e, " ".join(["rqtool", *args[: args[0] in COMMANDS]]) if args else "rqtool"
+    )
     message = escaped(message)
     if debug:
         say("".join(traceback.format_exception(e)).rstrip())
     say(f"error: {message}")
     if as_json:
         try:
-            write_result(json.dumps({"error": {"kind": type(e).__name__, "message": message, "exit_code": code}}))
+            write_result(
+                json.dumps(
+                    {"error": {"kind": type(e).__name__, "message": message, "exit_code": code}}
+                )
+            )
         except StorageError as full:
             say(f"error: {full}")
     return code
@@ -137,6 +153,14 @@ def explain(e: BaseException, command: str) -> tuple[int, str]:
     if isinstance(e, OSError) and e.errno == errno.ENOSPC:
         return 6, "there is no space left on the disk; free some and run the command again"
     if isinstance(e, SystemExit):
-        return 3, f"code that --arch or --data names ended the program ({e.code}); let it return instead"
+        return (
+            3,
+            f"code that --arch or --data names ended the program ({e.code}); let it return instead",
+        )
     said = str(e).strip().splitlines()
-    return 1, f"this is a bug in rqtool ({type(e).__name__}{': ' + said[0] if said else ''}); please report it with what the same command prints with --debug"
+    return (
+        1,
+        "this is a bug in rqtool "
+        f"({type(e).__name__}{': ' + said[0] if said else ''}); please "
+        "report it with what the same command prints with --debug",
+    )

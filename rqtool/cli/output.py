@@ -1,4 +1,5 @@
-"""What reaches the two streams: results on stdout, everything else on stderr; neither a closed pipe nor a full disk is a traceback."""
+"""What reaches the two streams: results on stdout, everything else on stderr; neither a closed pipe
+nor a full disk is a traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ HELP_WIDTH = 100
 
 
 def open_streams() -> None:
-    """Both streams can be written: a closed one leads nowhere, and names that its encoding cannot hold are written out."""
+    """Both streams can be written: a closed one leads nowhere, and names that its encoding cannot
+    hold are written out."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -41,7 +43,8 @@ def help_width() -> int:
 
 
 def write_result(text: str) -> None:
-    """Print on stdout. A reader that went away is no error; raises StorageError where the output cannot be written."""
+    """Print on stdout. A reader that went away is no error; raises StorageError where the output
+    cannot be written."""
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
@@ -49,12 +52,15 @@ def write_result(text: str) -> None:
         silence_stdout()
     except OSError as e:
         silence_stdout()
-        raise StorageError(f"the output cannot be written ({escaped(e.strerror)}); free the place it goes to") from e
+        raise StorageError(
+            f"the output cannot be written ({escaped(e.strerror)}); free the place it goes to"
+        ) from e
 
 
 @contextmanager
 def results_only() -> Iterator[None]:
-    """Keep stdout for results: what other code prints meanwhile, in Python or below it, goes to stderr."""
+    """Keep stdout for results: what other code prints meanwhile, in Python or below it, goes to
+    stderr."""
     out = sys.stdout
     out.flush()
     kept = _redirected(out)
@@ -70,7 +76,8 @@ def results_only() -> Iterator[None]:
 
 
 def _redirected(out: TextIO) -> int | None:
-    """Let the file descriptor of stdout lead to stderr; a copy of what it was. None where a stream has none (in tests)."""
+    """Let the file descriptor of stdout lead to stderr; a copy of what it was. None where a stream
+    has none (in tests)."""
     try:
         kept = os.dup(out.fileno())
     except (OSError, ValueError, AttributeError):
@@ -92,7 +99,8 @@ def _flush_c() -> None:
 
 
 def silence_stdout() -> None:
-    """Send what is still in the buffer nowhere, so that the interpreter does not complain when it ends."""
+    """Send what is still in the buffer nowhere, so that the interpreter does not complain when it
+    ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -47,10 +47,17 @@ class Bars(Lines):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(name, total=total, note="")
-            yield lambda n, note: progress.update(task, advance=n, **({"note": note} if note else {}))
+            yield lambda n, note: progress.update(
+                task, advance=n, **({"note": note} if note else {})
+            )
 
 
 def make_progress() -> Any:

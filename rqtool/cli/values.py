@@ -16,7 +16,11 @@ def whole(flag: str, text: str | None, low: int | None = None) -> int | None:
         return None
     value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else None
     if value is None or (low is not None and value < low):
-        raise ConfigError(f"{flag} must be a whole number{'' if low is None else f' of at least {low}'}, not {escaped(text)}")
+        raise ConfigError(
+            f"{flag} must be a whole "
+            f"number{'' if low is None else f' of at least {low}'}, not "
+            f"{escaped(text)}"
+        )
     return value
 
 
@@ -33,7 +37,13 @@ def numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
     >>> numbers("--mean", "0.5,0.25")
     (0.5, 0.25)
     """
-    return None if text is None else tuple(_float(flag, part, "numbers with commas between them") for part in text.split(","))
+    return (
+        None
+        if text is None
+        else tuple(
+            _float(flag, part, "numbers with commas between them") for part in text.split(",")
+        )
+    )
 
 
 def sizes(flag: str, text: str | None) -> tuple[int, ...] | None:
@@ -44,7 +54,10 @@ def sizes(flag: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     if not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", text):
-        raise ConfigError(f"{flag} must be sizes with commas between them, for example 3,32,32, not {escaped(text)}")
+        raise ConfigError(
+            f"{flag} must be sizes with commas between them, for example "
+            f"3,32,32, not {escaped(text)}"
+        )
     return tuple(map(int, text.split(",")))
 
 
@@ -61,7 +74,8 @@ def as_given(flag: str, text: str | None) -> str | None:
 
 
 def loosely(flag: str, text: str | None) -> int | float | str | None:
-    """A number if it is one, else the text: `Macro` checks its own fields, and its sentences name the bounds.
+    """A number if it is one, else the text: `Macro` checks its own fields, and its sentences name
+    the bounds.
 
     >>> [loosely("--adc-bits", text) for text in ("4", "2.5", "ideal")]
     [4, 2.5, 'ideal']

@@ -10,10 +10,12 @@ from rqtool.report import results
 
 
 @shows(results.verified)
-def verify(files: Annotated[list[str], argument(metavar="FILE...", help=".rq and .onnx files.")]) -> dict[str, Any]:
+def verify(
+    files: Annotated[list[str], argument(metavar="FILE...", help=".rq and .onnx files.")],
+) -> dict[str, Any]:
     """Check files that rqtool wrote.
 
-    Hashes, structure, ADC codes, and what the file computes for one random image, to the last integer. Exit code 5 where anything
-    differs.
+    Hashes, structure, ADC codes, and what the file computes for one random image, to the last
+    integer. Exit code 5 where anything differs.
     """
     return {"command": "verify", "files": [rqtool.verify(file) for file in files]}

@@ -1,11 +1,13 @@
-"""How the reads of one layer lie in the file: the channels of each tile, the cells of each read, the constants of its ADC.
+"""How the reads of one layer lie in the file: the channels of each tile, the cells of each read,
+the constants of its ADC.
 
     read        R = groups x tiles x weight planes x columns of a group, in this order (the last runs fastest)
     channels    each tile takes `span` neighbouring channels of its group; cells of rows outside the tile hold 0
     cells       [R, span, kh, kw]: the weights as the macro holds them, one plane of one tile of one column per entry
 
-One grouped convolution (group = groups x tiles) over the gathered channels then gives every partial sum of an input plane. Where rows are
-taken in an order of their own, each place counts as a channel with a 1x1 kernel, and the gathered channels are the taps of the input.
+One grouped convolution (group = groups x tiles) over the gathered channels then gives every partial
+sum of an input plane. Where rows are taken in an order of their own, each place counts as a channel
+with a 1x1 kernel, and the gathered channels are the taps of the input.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Layout:
         """kind, and for a uniform ADC shift and top."""
         return self.op.attrs["adc"]
 
-    # -- rows and channels -------------------------------------------------------------------------------------------
+    # -- rows and channels -------------------------------------------------------------------------
     @cached_property
     def tiles(self) -> int:
         """Tiles of one group."""
@@ -85,7 +87,10 @@ class Layout:
     def first_channel(self) -> tuple[int, ...]:
         """The first of the `span` channels of each tile, counted within the group."""
         taps = prod(self.kernel)
-        return tuple(min(start // taps, self.geometry.rows // taps - self.span) for start, _ in self.plan.tiles)
+        return tuple(
+            min(start // taps, self.geometry.rows // taps - self.span)
+            for start, _ in self.plan.tiles
+        )
 
     @cached_property
     def channels(self) -> np.ndarray:
@@ -95,27 +100,42 @@ class Layout:
     @cached_property
     def gathers(self) -> bool:
         """Whether the channels must be reordered or repeated; not when tiles and channels coincide."""
-        return not np.array_equal(self.channels, np.arange(self.geometry.channels * prod(self.geometry.kernel) // prod(self.kernel)))
+        return not np.array_equal(
+            self.channels,
+            np.arange(self.geometry.channels * prod(self.geometry.kernel) // prod(self.kernel)),
+        )
 
-    # -- cells -------------------------------------------------------------------------------------------------------
+    # -- cells -------------------------------------------------------------------------------------
     @cached_property
     def values(self) -> np.ndarray:
         """int16 [R, span, kh, kw]: what each cell contributes per input code."""
         g, (kh, kw) = self.geometry, self.kernel
-        weight = self.program.const(self.op, "weight").astype(np.int16).reshape(g.groups, g.group_columns, g.rows)
+        weight = (
+            self.program.const(self.op, "weight")
+            .astype(np.int16)
+            .reshape(g.groups, g.group_columns, g.rows)
+        )
         if self.ordered:
             weight = weight[:, :, list(self.plan.order)]
-        values = np.zeros((g.groups, self.tiles, self.planes, g.group_columns, self.span * kh * kw), np.int16)
+        values = np.zeros(
+            (g.groups, self.tiles, self.planes, g.group_columns, self.span * kh * kw), np.int16
+        )
         for t, (start, stop) in enumerate(self.plan.tiles):
             at = start - self.first_channel[t] * kh * kw
             for j, plane in enumerate(self.plan.weight_planes):
-                values[:, t, j, :, at : at + stop - start] = extract(weight[:, :, start:stop], plane)
+                values[:, t, j, :, at : at + stop - start] = extract(
+                    weight[:, :, start:stop], plane
+                )
         return values.reshape(self.reads, self.span, kh, kw)
 
     @cached_property
     def cell_zero(self) -> int | None:
-        """The zero point of uint8 cells, or None for int8 ones: where int8 cannot hold a value, or a pair of products could saturate."""
-        peak_x, peak_w = max(p.peak for p in self.plan.input_planes), int(np.abs(self.values).max(initial=0))
+        """The zero point of uint8 cells, or None for int8 ones: where int8 cannot hold a value, or
+        a pair of products could saturate."""
+        peak_x, peak_w = (
+            max(p.peak for p in self.plan.input_planes),
+            int(np.abs(self.values).max(initial=0)),
+        )
         if 2 * peak_x * peak_w <= PAIR_PEAK and peak_w <= 127:
             return None
         return 0 if self.values.min() >= 0 else 128
@@ -123,35 +143,59 @@ class Layout:
     @cached_property
     def cells(self) -> np.ndarray:
         """int8 or uint8 [R, span, kh, kw], see `cell_zero`."""
-        return self.values.astype(np.int8) if self.cell_zero is None else (self.values + self.cell_zero).astype(np.uint8)
+        return (
+            self.values.astype(np.int8)
+            if self.cell_zero is None
+            else (self.values + self.cell_zero).astype(np.uint8)
+        )
 
-    # -- the ADC -----------------------------------------------------------------------------------------------------
+    # -- the ADC -----------------------------------------------------------------------------------
     def per_read(self, table: np.ndarray) -> np.ndarray:
         """int32 [1] where all reads share it, else [R], from a table [tiles or 1, columns or 1]."""
         return by_read(table, self.geometry.groups, self.tiles, self.planes, self.geometry.columns)
 
     def table(self, role: str) -> np.ndarray:
-        """mult, zero or gain as the program holds it: int32 [tiles or 1, columns or 1]; thresholds [columns or 1, top], levels [top + 1]."""
+        """mult, zero or gain as the program holds it: int32 [tiles or 1, columns or 1]; thresholds
+        [columns or 1, top], levels [top + 1]."""
         return self.program.const(self.op, role)
 
     @cached_property
     def thresholds(self) -> np.ndarray:
         """int32 [top, 1 or R] of free levels, see `thresholds_by_read`."""
-        return thresholds_by_read(self.table("thresholds"), self.geometry.groups, self.tiles, self.planes, self.geometry.columns)
+        return thresholds_by_read(
+            self.table("thresholds"),
+            self.geometry.groups,
+            self.tiles,
+            self.planes,
+            self.geometry.columns,
+        )
 
     @cached_property
     def gain(self) -> np.ndarray:
         """int32 [R]: the gain of each read times the factor of its weight plane."""
-        gain = self.per_read(self.table("gain")) if self.spec["kind"] == "uniform" else np.ones(1, np.int32)
+        gain = (
+            self.per_read(self.table("gain"))
+            if self.spec["kind"] == "uniform"
+            else np.ones(1, np.int32)
+        )
         factor = np.array([p.factor for p in self.plan.weight_planes], np.int32)[:, None]
         shape = (self.plan.tile_count, self.planes, self.geometry.group_columns)
-        return (np.broadcast_to(gain, self.reads).reshape(shape) * factor).reshape(-1).astype(np.int32)
+        return (
+            (np.broadcast_to(gain, self.reads).reshape(shape) * factor).reshape(-1).astype(np.int32)
+        )
 
     @cached_property
     def tile_gain(self) -> np.ndarray | None:
-        """int32 [groups or 1, 1, tiles * planes] where the columns of a group share their gains and 8 bits hold them, else None."""
-        gain = self.gain.reshape(self.geometry.groups, self.tiles * self.planes, self.geometry.group_columns)
-        if (gain != gain[:, :, :1]).any() or gain.min() < GAIN_RANGE[0] or gain.max() > GAIN_RANGE[1]:
+        """int32 [groups or 1, 1, tiles * planes] where the columns of a group share their gains and
+        8 bits hold them, else None."""
+        gain = self.gain.reshape(
+            self.geometry.groups, self.tiles * self.planes, self.geometry.group_columns
+        )
+        if (
+            (gain != gain[:, :, :1]).any()
+            or gain.min() < GAIN_RANGE[0]
+            or gain.max() > GAIN_RANGE[1]
+        ):
             return None
         rows = gain[:, None, :, 0]
         return rows[:1] if (rows == rows[:1]).all() else rows
@@ -159,7 +203,11 @@ class Layout:
     @cached_property
     def p_range(self) -> tuple[int, int]:
         """The smallest and largest partial sum any read of this layer can give."""
-        pairs = [self.plan.p_bounds(i, j) for i in range(len(self.plan.input_planes)) for j in range(self.planes)]
+        pairs = [
+            self.plan.p_bounds(i, j)
+            for i in range(len(self.plan.input_planes))
+            for j in range(self.planes)
+        ]
         return min(lo for lo, _ in pairs), max(hi for _, hi in pairs)
 
     @cached_property
@@ -170,7 +218,8 @@ class Layout:
 
     @cached_property
     def requantises(self) -> bool:
-        """Whether the requantisation of a QLinearConv is this ADC: uniform, one zero, and certified over every partial sum."""
+        """Whether the requantisation of a QLinearConv is this ADC: uniform, one zero, and certified
+        over every partial sum."""
         if self.spec["kind"] != "uniform" or np.unique(self.table("zero")).size > 1:
             return False
         peak, top = max(abs(p) for p in self.p_range), self.spec["top"]
@@ -178,14 +227,20 @@ class Layout:
         return exact and not differing_codes(self.steps, self.p_range, self.spec["shift"], top)
 
 
-def gathered(geometry: Geometry, first_channel: Sequence[int], span: int, order: Sequence[int] | None) -> np.ndarray:
-    """int64 [groups * tiles * span]: the input channels in the order in which the convolution takes them; with an `order` of the rows,
-    the index (tap, channel) of what each place takes, where taps are counted (ky, kx).
+def gathered(
+    geometry: Geometry, first_channel: Sequence[int], span: int, order: Sequence[int] | None
+) -> np.ndarray:
+    """int64 [groups * tiles * span]: the input channels in the order in which the convolution takes
+    them; with an `order` of the rows, the index (tap, channel) of what each place takes, where taps
+    are counted (ky, kx).
 
     >>> gathered(Geometry(2, 1, (1, 2)), [0, 2], 2, None), gathered(Geometry(2, 1, (1, 2)), [0, 2], 2, [0, 3, 2, 1])
     (array([0, 1, 2, 3]), array([0, 3, 1, 2]))
     """
-    taken, group = np.array(first_channel)[:, None] + np.arange(span), geometry.channels // geometry.groups
+    taken, group = (
+        np.array(first_channel)[:, None] + np.arange(span),
+        geometry.channels // geometry.groups,
+    )
     if order is not None:
         channel, tap = np.divmod(np.array(order), prod(geometry.kernel))
         taken = (tap * geometry.channels + channel)[taken]
@@ -193,35 +248,55 @@ def gathered(geometry: Geometry, first_channel: Sequence[int], span: int, order:
 
 
 def by_read(table: np.ndarray, groups: int, tiles: int, planes: int, columns: int) -> np.ndarray:
-    """int32 [1] where all reads share it, else [R] in the order of the reads, from a table [tiles or 1, columns or 1].
+    """int32 [1] where all reads share it, else [R] in the order of the reads, from a table [tiles
+    or 1, columns or 1].
 
     >>> by_read(np.array([[1, 2], [3, 4]]), groups=2, tiles=2, planes=1, columns=2)
     array([1, 3, 2, 4], dtype=int32)
     """
     if (table == table.flat[0]).all():
         return table.reshape(-1)[:1].astype(np.int32)
-    full = np.broadcast_to(table, (tiles, columns)).reshape(tiles, groups, 1, columns // groups).transpose(1, 0, 2, 3)
-    return np.broadcast_to(full, (groups, tiles, planes, columns // groups)).reshape(-1).astype(np.int32)
+    full = (
+        np.broadcast_to(table, (tiles, columns))
+        .reshape(tiles, groups, 1, columns // groups)
+        .transpose(1, 0, 2, 3)
+    )
+    return (
+        np.broadcast_to(full, (groups, tiles, planes, columns // groups))
+        .reshape(-1)
+        .astype(np.int32)
+    )
 
 
-def thresholds_by_read(rows: np.ndarray, groups: int, tiles: int, planes: int, columns: int) -> np.ndarray:
-    """int32 [top, 1] where all reads share them, else [top, R] in the order of the reads, from thresholds [1 or columns, top].
+def thresholds_by_read(
+    rows: np.ndarray, groups: int, tiles: int, planes: int, columns: int
+) -> np.ndarray:
+    """int32 [top, 1] where all reads share them, else [top, R] in the order of the reads, from
+    thresholds [1 or columns, top].
 
     >>> thresholds_by_read(np.array([[-3, 2], [-9, 5]]), groups=2, tiles=2, planes=1, columns=2).tolist()
     [[-3, -3, -9, -9], [2, 2, 5, 5]]
     """
-    return np.stack(np.broadcast_arrays(*(by_read(column[None], groups, tiles, planes, columns) for column in rows.T)))
+    return np.stack(
+        np.broadcast_arrays(
+            *(by_read(column[None], groups, tiles, planes, columns) for column in rows.T)
+        )
+    )
 
 
-def requantised(p: np.ndarray, mult: np.ndarray, shift: int, zero: np.ndarray, top: int) -> np.ndarray:
-    """The codes that QLinearConv and Clip compute, step by step in float32: int64, the broadcast shape of p, mult and zero."""
+def requantised(
+    p: np.ndarray, mult: np.ndarray, shift: int, zero: np.ndarray, top: int
+) -> np.ndarray:
+    """The codes that QLinearConv and Clip compute, step by step in float32: int64, the broadcast
+    shape of p, mult and zero."""
     scale = mult.astype(np.float32) / np.float32(1 << shift)
     rounded = np.rint(p.astype(np.float32) * scale).astype(np.int64) + zero
     return rounded.clip(0, 255).clip(0, top)
 
 
 def differing_codes(steps: np.ndarray, p_range: tuple[int, int], shift: int, top: int) -> int:
-    """How many of all possible partial sums get another code from `requantised` than from the ADC's definition.
+    """How many of all possible partial sums get another code from `requantised` than from the ADC's
+    definition.
 
     steps: int64 [n, 2], (mult, zero) pairs. Every integer of p_range is tried with every pair.
     """
@@ -230,15 +305,28 @@ def differing_codes(steps: np.ndarray, p_range: tuple[int, int], shift: int, top
     wrong = 0
     for start in range(0, len(steps), block):
         mult, zero = steps[start : start + block, :1], steps[start : start + block, 1:]
-        wrong += int((requantised(domain, mult, shift, zero, top) != adc.uniform_code(domain, mult, shift, zero, top)).sum())
+        wrong += int(
+            (
+                requantised(domain, mult, shift, zero, top)
+                != adc.uniform_code(domain, mult, shift, zero, top)
+            ).sum()
+        )
     return wrong
 
 
 def refuse_wide_inputs(layout: Layout) -> None:
-    """Raise InputError where a layer's input codes do not fit the bits that the macro drives: planes would drop the rest."""
+    """Raise InputError where a layer's input codes do not fit the bits that the macro drives:
+    planes would drop the rest."""
     tensor, macro = layout.program.tensors[layout.op.inputs[0]], layout.program.macro
-    if tensor.lo is None or tensor.lo < 0 or tensor.hi > macro.q_x or not 0 <= layout.op.attrs["pad"] <= macro.q_x:
+    if (
+        tensor.lo is None
+        or tensor.lo < 0
+        or tensor.hi > macro.q_x
+        or not 0 <= layout.op.attrs["pad"] <= macro.q_x
+    ):
         raise InputError(
-            f"{escaped(layout.op.attrs['layer'])}: its input reaches {tensor.lo}..{tensor.hi}, but the macro drives codes 0..{macro.q_x}; "
+            f"{escaped(layout.op.attrs['layer'])}: its input reaches "
+            f"{tensor.lo}..{tensor.hi}, but the macro drives codes "
+            f"0..{macro.q_x}; "
             f"requantise the input first or raise --in-bits"
         )

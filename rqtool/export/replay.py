@@ -1,7 +1,9 @@
-"""Codes and accumulators of a layer from the metadata document and the file's tensors alone: no program, no plan.
+"""Codes and accumulators of a layer from the metadata document and the file's tensors alone: no
+program, no plan.
 
-What this module computes is compared with the definition when a file is verified, so a document that left something out, or
-said it wrongly, is found. examples/read_metadata.py is a second, independent reader.
+What this module computes is compared with the definition when a file is verified, so a document
+that left something out, or said it wrongly, is found. examples/read_metadata.py is a second,
+independent reader.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from rqtool.hardware import adc
 
 
 class Entry(NamedTuple):
-    """One entry of a layer's `reads`. p, code, value: int64 [N, columns of the entry, H_out, W_out]; value before `factor`."""
+    """One entry of a layer's `reads`. p, code, value: int64 [N, columns of the entry, H_out,
+    W_out]; value before `factor`."""
 
     tile: int
     columns: tuple[int, int]
@@ -25,19 +28,39 @@ class Entry(NamedTuple):
     value: np.ndarray
 
 
-def entries(layer: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> Iterator[Entry]:
+def entries(
+    layer: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray
+) -> Iterator[Entry]:
     """Every entry of `layer["reads"]` for the input codes x: uint8 [N, C, H, W]."""
-    names = ("tile", "serial", "plane", "group", "factor", "row_start", "row_stop", "col_start", "col_stop")
+    names = (
+        "tile",
+        "serial",
+        "plane",
+        "group",
+        "factor",
+        "row_start",
+        "row_stop",
+        "col_start",
+        "col_stop",
+    )
     taps = _taps(layer, x)
-    for tile, serial, plane, group, factor, start, stop, first, last in zip(*(layer["reads"][name] for name in names)):
+    for tile, serial, plane, group, factor, start, stop, first, last in zip(
+        *(layer["reads"][name] for name in names)
+    ):
         cells = _cells(layer, tensors, tile, plane, group, (start, stop))
         planes = layer["input"]["planes"]
-        driven = (taps[group, start:stop] >> planes["shift"][serial]) & ((1 << planes["bits"][serial]) - 1)
+        driven = (taps[group, start:stop] >> planes["shift"][serial]) & (
+            (1 << planes["bits"][serial]) - 1
+        )
         p = np.einsum("ok,knyx->noyx", cells, driven)
-        yield Entry(tile, (first, last), factor, p, *_converted(layer["adc"], tile, slice(first, last), p))
+        yield Entry(
+            tile, (first, last), factor, p, *_converted(layer["adc"], tile, slice(first, last), p)
+        )
 
 
-def accumulators(layer: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+def accumulators(
+    layer: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray
+) -> np.ndarray:
     """int64 [N, O, H_out, W_out]: what the layer hands on."""
     acc: Any = None
     for entry in entries(layer, tensors, x):
@@ -51,26 +74,52 @@ def _taps(layer: dict[str, Any], x: np.ndarray) -> np.ndarray:
     """int64 [groups, places, N, H_out, W_out]: the code on each wordline."""
     g = layer["geometry"]
     (ph, pw), (sh, sw), (dh, dw), (kh, kw) = g["padding"], g["stride"], g["dilation"], g["kernel"]
-    x = np.pad(x.astype(np.int64), ((0, 0), (0, 0), (ph, ph), (pw, pw)), constant_values=layer["input"]["zero"])
+    x = np.pad(
+        x.astype(np.int64),
+        ((0, 0), (0, 0), (ph, ph), (pw, pw)),
+        constant_values=layer["input"]["zero"],
+    )
     ho, wo = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
-    shifted = [x[:, :, y * dh : y * dh + (ho - 1) * sh + 1 : sh, z * dw : z * dw + (wo - 1) * sw + 1 : sw] for y in range(kh) for z in range(kw)]
-    rows = np.stack(shifted, 2).reshape(x.shape[0], g["groups"], -1, ho, wo).transpose(1, 2, 0, 3, 4)
+    shifted = [
+        x[:, :, y * dh : y * dh + (ho - 1) * sh + 1 : sh, z * dw : z * dw + (wo - 1) * sw + 1 : sw]
+        for y in range(kh)
+        for z in range(kw)
+    ]
+    rows = (
+        np.stack(shifted, 2).reshape(x.shape[0], g["groups"], -1, ho, wo).transpose(1, 2, 0, 3, 4)
+    )
     taken = layer["rows"]["taken"]
     return rows if taken is None else rows[:, taken]
 
 
-def _cells(layer: dict[str, Any], tensors: dict[str, np.ndarray], tile: int, plane: int, group: int, rows: tuple[int, int]) -> np.ndarray:
+def _cells(
+    layer: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    tile: int,
+    plane: int,
+    group: int,
+    rows: tuple[int, int],
+) -> np.ndarray:
     """int64 [columns of a group, rows of the tile]: the cells of one plane of one tile."""
     weight, g = layer["weight"], layer["geometry"]
     taps = g["kernel"][0] * g["kernel"][1] if layer["rows"]["taken"] is None else 1
-    columns, tiles, planes = layer["columns"] // g["groups"], len(weight["first_channel"]), len(weight["planes"]["factor"])
+    columns, tiles, planes = (
+        layer["columns"] // g["groups"],
+        len(weight["first_channel"]),
+        len(weight["planes"]["factor"]),
+    )
     first = ((group * tiles + tile) * planes + plane) * columns
-    held = tensors[weight["tensor"]][first : first + columns].astype(np.int64).reshape(columns, -1) - weight["zero_point"]
+    held = (
+        tensors[weight["tensor"]][first : first + columns].astype(np.int64).reshape(columns, -1)
+        - weight["zero_point"]
+    )
     offset = weight["first_channel"][tile] * taps
     return held[:, rows[0] - offset : rows[1] - offset]
 
 
-def _converted(spec: dict[str, Any], tile: int, columns: slice, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _converted(
+    spec: dict[str, Any], tile: int, columns: slice, p: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Codes and values of the partial sums p of one tile and some columns."""
     if spec["kind"] == "ideal":
         return p, p

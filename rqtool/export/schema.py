@@ -32,14 +32,25 @@ def _list(items: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def _record(**properties: Any) -> dict[str, Any]:
     """An object with exactly these keys."""
-    return {"type": "object", "properties": properties, "required": sorted(properties), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": sorted(properties),
+        "additionalProperties": False,
+    }
 
 
 TABLE = _list(_list(NATURAL, minItems=1), minItems=1)
 PAIR = _list(NATURAL, minItems=2, maxItems=2)
 SIZES = _list(POSITIVE, minItems=2, maxItems=2)
 DTYPE: dict[str, Any] = {"type": "string", "enum": ["float32", "uint8", "int32"]}
-END = {"tensor": TEXT, "dtype": DTYPE, "shape": _list(NATURAL), "lo": _maybe(INTEGER), "hi": _maybe(INTEGER)}
+END = {
+    "tensor": TEXT,
+    "dtype": DTYPE,
+    "shape": _list(NATURAL),
+    "lo": _maybe(INTEGER),
+    "hi": _maybe(INTEGER),
+}
 GEOMETRY = _record(
     channels=POSITIVE, columns=POSITIVE, kernel=SIZES, stride=SIZES, padding=PAIR, dilation=SIZES, groups=POSITIVE,
     kind={"type": "string", "enum": ["conv1d", "conv2d", "linear"]},
@@ -68,7 +79,16 @@ READS = _record(
     row_start=_list(NATURAL), row_stop=_list(POSITIVE), col_start=_list(NATURAL), col_stop=_list(POSITIVE), p_min=_list(INTEGER), p_max=_list(INTEGER),
 )  # fmt: skip
 ACC = _record(tensor=TEXT, bits=POSITIVE, bound=NATURAL, scale=_maybe(_list({"type": "number"})))
-REQUANT = _record(node=TEXT, shift=NATURAL, lo=INTEGER, hi=INTEGER, add=TEXT, mult=_list(TEXT), inputs=_list(TEXT), output=TEXT)
+REQUANT = _record(
+    node=TEXT,
+    shift=NATURAL,
+    lo=INTEGER,
+    hi=INTEGER,
+    add=TEXT,
+    mult=_list(TEXT),
+    inputs=_list(TEXT),
+    output=TEXT,
+)
 LAYER = _record(
     layer=TEXT, node=TEXT, kind={"type": "string", "enum": ["conv1d", "conv2d", "linear"]}, body={"type": "string", "enum": ["qlinear", "explicit"]},
     geometry=GEOMETRY, rows=_record(order=_list(TEXT), count=POSITIVE, wordlines=POSITIVE, taken=_maybe(_list(NATURAL))), columns=POSITIVE, io=POSITIVE, io_ranges=_list(PAIR, minItems=1),
@@ -82,7 +102,15 @@ DOCUMENT = _record(
 )  # fmt: skip
 SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": FORMAT, **DOCUMENT}
 
-PYTHON_TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None)}
+PYTHON_TYPES = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "null": type(None),
+}
 LIMITS = {  # keyword -> (whether a value breaks it, in words)
     "enum": (lambda v, limit: v not in limit, "is not one of"),
     "minimum": (lambda v, limit: v < limit, "is below"),
@@ -127,7 +155,9 @@ def _validate_object(value: dict[str, Any], schema: dict[str, Any], where: str) 
 
 def _is(value: Any, name: str) -> bool:
     """JSON's own types: true is no integer."""
-    return isinstance(value, PYTHON_TYPES[name]) and (name == "boolean" or not isinstance(value, bool))
+    return isinstance(value, PYTHON_TYPES[name]) and (
+        name == "boolean" or not isinstance(value, bool)
+    )
 
 
 def _refuse(where: str, what: str) -> None:

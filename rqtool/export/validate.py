@@ -1,10 +1,11 @@
-"""Own checks of a file that rqtool wrote: the ONNX checker does not notice a missing function attribute, nor a changed weight.
+"""Own checks of a file that rqtool wrote: the ONNX checker does not notice a missing function
+attribute, nor a changed weight.
 
-    graph        checker, strict shape inference, every ai.rqtool node has its function, inputs and attributes
-    document     schema, sha256 of every initializer, one layer per reads node, the rows that its graph gathers
-    ADC          thresholds follow from mult, shift and zero; the tensors that the graph uses hold the same mult and zero, or the same
-                 thresholds and levels;
-                 the float32 form that QLinearConv computes gives every code of every partial sum
+graph        checker, strict shape inference, every ai.rqtool node has its function, inputs and attributes
+document     schema, sha256 of every initializer, one layer per reads node, the rows that its graph gathers
+ADC          thresholds follow from mult, shift and zero; the tensors that the graph uses hold the same mult and zero, or the same
+             thresholds and levels;
+             the float32 form that QLinearConv computes gives every code of every partial sum
 """
 
 from __future__ import annotations
@@ -30,22 +31,29 @@ CONSTANT_ROLES = {"mult": "adc_mult", "zero": "adc_zero"}
 
 
 def load_onnx(path: str | Path) -> ModelProto:
-    """The parsed model of a file; nothing in it is executed. Raises InputError where it cannot be read, is no ONNX file, or keeps
-    tensors in other files (rqtool never writes those)."""
+    """The parsed model of a file; nothing in it is executed. Raises InputError where it cannot be
+    read, is no ONNX file, or keeps tensors in other files (rqtool never writes those)."""
     data = read_file(path)
     try:
         model = ModelProto.FromString(data)
     except (DecodeError, ValueError) as e:
-        raise InputError(f"{escaped(path)}: is not an ONNX file, or is damaged; give a file that rqtool export wrote") from e
+        raise InputError(
+            f"{escaped(path)}: is not an ONNX file, or is damaged; give a file "
+            "that rqtool export wrote"
+        ) from e
     if any(t.data_location == TensorProto.EXTERNAL for t in model.graph.initializer):
-        raise InputError(f"{escaped(path)}: keeps tensors in other files, which are not read; give a file that rqtool export wrote")
+        raise InputError(
+            f"{escaped(path)}: keeps tensors in other files, which are not read; "
+            "give a file that rqtool export wrote"
+        )
     return model
 
 
 def validate(model: ModelProto) -> dict[str, Any]:
     """The metadata document of a file whose graph, document and constants agree.
 
-    Raises InputError where the model is not one that rqtool wrote, CheckError naming the first thing that differs.
+    Raises InputError where the model is not one that rqtool wrote, CheckError naming the first
+    thing that differs.
     """
     doc = metadata.read(model)
     try:
@@ -56,7 +64,13 @@ def validate(model: ModelProto) -> dict[str, Any]:
             _check_layer(doc, layer, nodes[layer["node"]], constants)
         if metadata.graph_sha256(model) != doc["graph_sha256"]:
             differs("the sha256 of the graph's nodes is not the one in the metadata")
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:  # parts that are well-formed one by one, but not together
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as e:  # parts that are well-formed one by one, but not together
         differs(f"the graph and the metadata contradict each other ({e})")
     return doc
 
@@ -65,9 +79,10 @@ def differs(what: str) -> NoReturn:
     raise CheckError(f"{escaped(what)}; the file is not what rqtool export wrote, export it again")
 
 
-# -- the graph -------------------------------------------------------------------------------------------------------------
+# -- the graph -------------------------------------------------------------------------------------
 def check_graph(model: ModelProto) -> None:
-    """Raise CheckError where the graph is not valid ONNX, or calls a function without all that the function declares."""
+    """Raise CheckError where the graph is not valid ONNX, or calls a function without all that the
+    function declares."""
     try:
         onnx.checker.check_model(model, full_check=True)
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
@@ -83,39 +98,63 @@ def _check_call(node: NodeProto, function: onnx.FunctionProto | None) -> None:
     if function is None:
         differs(f"node {node.name} calls {node.op_type}, which the file does not define")
     if len(node.input) != len(function.input):
-        differs(f"node {node.name} gives {node.op_type} {len(node.input)} inputs, not {len(function.input)}")
+        differs(
+            f"node {node.name} gives {node.op_type} {len(node.input)} inputs, "
+            f"not {len(function.input)}"
+        )
     given, wanted = sorted(a.name for a in node.attribute), sorted(function.attribute)
     if given != wanted:
-        differs(f"node {node.name} gives {node.op_type} the attributes {', '.join(given) or 'none'}, not {', '.join(wanted) or 'none'}")
+        differs(
+            f"node {node.name} gives {node.op_type} the attributes "
+            f"{', '.join(given) or 'none'}, not {', '.join(wanted) or 'none'}"
+        )
 
 
-# -- the document ----------------------------------------------------------------------------------------------------------
+# -- the document ----------------------------------------------------------------------------------
 def _reads_nodes(model: ModelProto, doc: dict[str, Any]) -> dict[str, NodeProto]:
     """The reads nodes by name, which must be those of the document."""
-    nodes = {n.name: n for n in model.graph.node if n.domain == DOMAIN and n.op_type.startswith(("ReConv", "ReLinear"))}
+    nodes = {
+        n.name: n
+        for n in model.graph.node
+        if n.domain == DOMAIN and n.op_type.startswith(("ReConv", "ReLinear"))
+    }
     described = [layer["node"] for layer in doc["layers"]]
     if sorted(nodes) != sorted(described):
-        differs(f"the metadata describes the reads nodes {', '.join(described)}, but the graph has {', '.join(nodes)}")
+        differs(
+            f"the metadata describes the reads nodes {', '.join(described)}, but "
+            f"the graph has {', '.join(nodes)}"
+        )
     return nodes
 
 
 def _check_constants(doc: dict[str, Any], constants: dict[str, np.ndarray]) -> None:
     if sorted(constants) != sorted(doc["constants"]):
         odd = sorted(set(constants) ^ set(doc["constants"]))
-        differs(f"initializer {odd[0]} is only in {'the graph' if odd[0] in constants else 'the metadata'}")
+        differs(
+            f"initializer {odd[0]} is only in "
+            f"{'the graph' if odd[0] in constants else 'the metadata'}"
+        )
     for name, array in constants.items():
         if metadata.sha256(array) != doc["constants"][name]:
             differs(f"the sha256 of initializer {name} is not the one in the metadata")
 
 
-def _check_layer(doc: dict[str, Any], layer: dict[str, Any], node: NodeProto, constants: dict[str, np.ndarray]) -> None:
+def _check_layer(
+    doc: dict[str, Any], layer: dict[str, Any], node: NodeProto, constants: dict[str, np.ndarray]
+) -> None:
     name, weight = layer["layer"], layer["weight"]
-    if node.metadata_props and metadata.entry(node, f"node {escaped(node.name)}") != metadata.short(doc, layer):
+    if node.metadata_props and metadata.entry(node, f"node {escaped(node.name)}") != metadata.short(
+        doc, layer
+    ):
         differs(f"{name}: the copy of the metadata at its node is not the document's")
     if weight["tensor"] not in node.input or doc["constants"][weight["tensor"]] != weight["sha256"]:
         differs(f"{name}: its cells are not the tensor that the metadata names")
     if (node.input[0], node.output[0]) != (layer["input"]["tensor"], layer["acc"]["tensor"]):
-        differs(f"{name}: its node reads {node.input[0]} and writes {node.output[0]}, not {layer['input']['tensor']} and {layer['acc']['tensor']}")
+        differs(
+            f"{name}: its node reads {node.input[0]} and writes "
+            f"{node.output[0]}, not {layer['input']['tensor']} and "
+            f"{layer['acc']['tensor']}"
+        )
     _check_geometry(layer, {a.name: list(a.ints) or a.i for a in node.attribute}, constants)
     if layer["adc"]["kind"] == "uniform":
         _check_uniform(layer, node, constants)
@@ -123,80 +162,145 @@ def _check_layer(doc: dict[str, Any], layer: dict[str, Any], node: NodeProto, co
         _check_free(layer, constants)
 
 
-def _check_geometry(layer: dict[str, Any], attributes: dict[str, Any], constants: dict[str, np.ndarray]) -> None:
+def _check_geometry(
+    layer: dict[str, Any], attributes: dict[str, Any], constants: dict[str, np.ndarray]
+) -> None:
     """Strides, padding and sizes of the document are those that the node has."""
-    g, weight, taken, (top, left) = layer["geometry"], layer["weight"], layer["rows"]["taken"], layer["geometry"]["padding"]
-    pads = attributes["pads"] if "pads" in attributes else constants[f"{layer['node']}/code_pads"][[2, 3, 6, 7]].tolist()
-    reads = g["groups"] * len(weight["first_channel"]) * len(weight["planes"]["factor"]) * (layer["columns"] // g["groups"])
+    g, weight, taken, (top, left) = (
+        layer["geometry"],
+        layer["weight"],
+        layer["rows"]["taken"],
+        layer["geometry"]["padding"],
+    )
+    pads = (
+        attributes["pads"]
+        if "pads" in attributes
+        else constants[f"{layer['node']}/code_pads"][[2, 3, 6, 7]].tolist()
+    )
+    reads = (
+        g["groups"]
+        * len(weight["first_channel"])
+        * len(weight["planes"]["factor"])
+        * (layer["columns"] // g["groups"])
+    )
     pairs = {
         "stride": (g["stride"], attributes["strides"]),
         "dilation": (g["dilation"], attributes["dilations"]),
         "padding": ([top, left, top, left], pads),
-        "padding code": (layer["input"]["zero"] if any(g["padding"]) else 0, attributes.get("pad_code", 0)),
+        "padding code": (
+            layer["input"]["zero"] if any(g["padding"]) else 0,
+            attributes.get("pad_code", 0),
+        ),
         "number of tiles": (g["groups"] * len(weight["first_channel"]), attributes["group"]),
         "number of columns": ([g["columns"], layer["columns"]], [attributes["acc_shape"][1]] * 2),
-        "shape of the cells": ([reads, weight["span"], *(g["kernel"] if taken is None else [1, 1])], list(constants[weight["tensor"]].shape)),
+        "shape of the cells": (
+            [reads, weight["span"], *(g["kernel"] if taken is None else [1, 1])],
+            list(constants[weight["tensor"]].shape),
+        ),
     }
     for what, (described, built) in pairs.items():
         if described != built:
-            differs(f"{layer['layer']}: the {what} is {described} in the metadata, but {built} in the graph")
+            differs(
+                f"{layer['layer']}: the {what} is {described} in the metadata, but "
+                f"{built} in the graph"
+            )
     _check_rows(layer, constants)
 
 
 def _check_rows(layer: dict[str, Any], constants: dict[str, np.ndarray]) -> None:
     """The rows that meet in each tile of the document are those that the graph gathers."""
-    name, weight, taken, g = layer["layer"], layer["weight"], layer["rows"]["taken"], Geometry.from_dict(layer["geometry"])
-    if layer["rows"]["count"] != g.rows or (taken is not None and sorted(taken) != list(range(g.rows))):
+    name, weight, taken, g = (
+        layer["layer"],
+        layer["weight"],
+        layer["rows"]["taken"],
+        Geometry.from_dict(layer["geometry"]),
+    )
+    if layer["rows"]["count"] != g.rows or (
+        taken is not None and sorted(taken) != list(range(g.rows))
+    ):
         differs(f"{name}: its rows are not each of {g.rows} once")
     last = g.rows // (1 if taken else prod(g.kernel)) - weight["span"]
     if max(weight["first_channel"]) > last:
-        differs(f"{name}: a tile begins at channel {max(weight['first_channel'])} of its group, but the last one that can is {last}")
+        differs(
+            f"{name}: a tile begins at channel {max(weight['first_channel'])} of "
+            f"its group, but the last one that can is {last}"
+        )
     expected = gathered(g, weight["first_channel"], weight["span"], taken)
-    if not np.array_equal(expected, constants.get(f"{layer['node']}/channels", np.arange(expected.size))):
+    if not np.array_equal(
+        expected, constants.get(f"{layer['node']}/channels", np.arange(expected.size))
+    ):
         differs(f"{name}: the channels that its graph gathers are not those of the metadata")
 
 
-def _check_uniform(layer: dict[str, Any], node: NodeProto, constants: dict[str, np.ndarray]) -> None:
+def _check_uniform(
+    layer: dict[str, Any], node: NodeProto, constants: dict[str, np.ndarray]
+) -> None:
     name, spec, steps = layer["layer"], layer["adc"], layer["adc"]["steps"]
     attributes = {a.name: a.i for a in node.attribute}
     if (attributes["adc_shift"], attributes["adc_top"]) != (spec["shift"], spec["top"]):
-        differs(f"{name}: its node has adc_shift {attributes['adc_shift']} and adc_top {attributes['adc_top']}, the metadata {spec['shift']} and {spec['top']}")
+        differs(
+            f"{name}: its node has adc_shift {attributes['adc_shift']} and "
+            f"adc_top {attributes['adc_top']}, the metadata {spec['shift']} and "
+            f"{spec['top']}"
+        )
     pairs = list(zip(steps["mult"], steps["zero"]))
     if steps != metadata.steps(pairs, spec["shift"], spec["top"]):
         differs(f"{name}: the thresholds in the metadata do not follow from mult, shift and zero")
     for role, suffix in CONSTANT_ROLES.items():
         if not np.array_equal(_expanded(layer, role), constants[f"{layer['node']}/{suffix}"]):
-            differs(f"{name}: the tensor {layer['node']}/{suffix} is not the {role} of the metadata")
+            differs(
+                f"{name}: the tensor {layer['node']}/{suffix} is not the {role} of the metadata"
+            )
     if layer["body"] == "qlinear":
         _check_requantisation(layer, np.array(pairs, np.int64))
 
 
 def _check_free(layer: dict[str, Any], constants: dict[str, np.ndarray]) -> None:
     thresholds = thresholds_by_read(np.array(layer["adc"]["thresholds"]), *_counts(layer))
-    for role, described in {"thresholds": thresholds, "levels": np.array(layer["adc"]["levels"])}.items():
+    for role, described in {
+        "thresholds": thresholds,
+        "levels": np.array(layer["adc"]["levels"]),
+    }.items():
         if not np.array_equal(described, constants[f"{layer['node']}/{role}"]):
-            differs(f"{layer['layer']}: the tensor {layer['node']}/{role} is not the {role} of the metadata")
+            differs(
+                f"{layer['layer']}: the tensor {layer['node']}/{role} is not the "
+                f"{role} of the metadata"
+            )
 
 
 def _check_requantisation(layer: dict[str, Any], pairs: np.ndarray) -> None:
-    """Enumerate the float32 form, after the bounds within which it can be exact (they also keep the enumeration finite)."""
+    """Enumerate the float32 form, after the bounds within which it can be exact (they also keep the
+    enumeration finite)."""
     name, spec, (lo, hi) = layer["layer"], layer["adc"], p_range(layer)
     if not adc.float32_exact(max(-lo, hi), spec["shift"], spec["top"].bit_length()):
-        differs(f"{name}: its partial sums, {lo}..{hi}, are beyond what float32 keeps exact at shift {spec['shift']}")
+        differs(
+            f"{name}: its partial sums, {lo}..{hi}, are beyond what float32 "
+            f"keeps exact at shift {spec['shift']}"
+        )
     wrong = differing_codes(pairs, (lo, hi), spec["shift"], spec["top"])
     if wrong:
-        differs(f"{name}: {wrong} partial sums get another code from QLinearConv than from the thresholds")
+        differs(
+            f"{name}: {wrong} partial sums get another code from QLinearConv "
+            "than from the thresholds"
+        )
 
 
 def _expanded(layer: dict[str, Any], role: str) -> np.ndarray:
     """What the tensor of mult or zero must hold, from the document's tables."""
-    return by_read(np.array(layer["adc"]["steps"][role])[np.array(layer["adc"]["step_of"])], *_counts(layer))
+    return by_read(
+        np.array(layer["adc"]["steps"][role])[np.array(layer["adc"]["step_of"])], *_counts(layer)
+    )
 
 
 def _counts(layer: dict[str, Any]) -> tuple[int, int, int, int]:
     """Groups, tiles of one, weight planes, and columns: what the reads of a layer run over."""
     weight = layer["weight"]
-    return layer["geometry"]["groups"], len(weight["first_channel"]), len(weight["planes"]["factor"]), layer["columns"]
+    return (
+        layer["geometry"]["groups"],
+        len(weight["first_channel"]),
+        len(weight["planes"]["factor"]),
+        layer["columns"],
+    )
 
 
 def p_range(layer: dict[str, Any]) -> tuple[int, int]:

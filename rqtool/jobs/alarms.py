@@ -1,4 +1,5 @@
-"""What a user should know at once, and find again in the result: sentences that each name the way out."""
+"""What a user should know at once, and find again in the result: sentences that each name the way
+out."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from typing import Any
 
 
 class Alarms:
-    """Warnings of one job, in order. `progress.warn(sentence)` is told each at once, where the progress has that method."""
+    """Warnings of one job, in order. `progress.warn(sentence)` is told each at once, where the
+    progress has that method."""
 
     def __init__(self, progress: Any = None) -> None:
         self._tell = getattr(progress, "warn", lambda sentence: None)

@@ -1,4 +1,5 @@
-"""What needs no data set: the plan of a model, what a file holds, what of it is right, and which operations there are."""
+"""What needs no data set: the plan of a model, what a file holds, what of it is right, and which
+operations there are."""
 
 from __future__ import annotations
 
@@ -40,8 +41,9 @@ def plan(
 ) -> Planned:
     """The reads of a model on a macro, for one image; no data needed.
 
-    model: a .rq file (whose own macro is the default), a model file, a built-in name or a torch module. input_shape: (C, H, W) of
-    one image; built-in networks and .rq files know theirs. weights, prefix: as in `quantize`.
+    model: a .rq file (whose own macro is the default), a model file, a built-in name or a torch
+    module. input_shape: (C, H, W) of one image; built-in networks and .rq files know theirs.
+    weights, prefix: as in `quantize`.
     """
     alarms = Alarms(progress)
     name = model if isinstance(model, (str, Path)) else type(model).__name__
@@ -49,26 +51,41 @@ def plan(
         saved = checkpoint.load(name)
         graph, macro = saved.network.graph, macro or saved.macro
     else:
-        graph = capture(load_model(model, arch, weights=weights, prefix=prefix, say=alarms.say), _shape_for(name, arch, input_shape)).graph
+        graph = capture(
+            load_model(model, arch, weights=weights, prefix=prefix, say=alarms.say),
+            _shape_for(name, arch, input_shape),
+        ).graph
     macro = macro or Macro()
-    return Planned(str(name), macro, graph.input_shape, [p.cost(_positions(graph, p)) for p in plans(graph, macro).values()], tuple(alarms.sentences))
+    return Planned(
+        str(name),
+        macro,
+        graph.input_shape,
+        [p.cost(_positions(graph, p)) for p in plans(graph, macro).values()],
+        tuple(alarms.sentences),
+    )
 
 
 def _positions(graph: Graph, plan: Plan) -> int:
     return prod(graph.shape(plan.name)) // plan.geometry.columns
 
 
-def _shape_for(name: str | Path, arch: str | None, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+def _shape_for(
+    name: str | Path, arch: str | None, shape: tuple[int, ...] | None
+) -> tuple[int, ...]:
     known = ZOO.get(str(arch)) or ZOO.get(str(name))
     if shape is not None:
         return shape
     if known is None:
-        raise ConfigError(f"{escaped(name)}: a model file does not say what it takes; give --input C,H,W, for example --input 1,28,28")
+        raise ConfigError(
+            f"{escaped(name)}: a model file does not say what it takes; give "
+            "--input C,H,W, for example --input 1,28,28"
+        )
     return known.shape
 
 
 def inspect(path: str | Path, weights: str | None = None) -> dict[str, Any]:
-    """What a file holds, as plain data: .rq, .onnx, or a model file (names and shapes of its tensors). Nothing is executed.
+    """What a file holds, as plain data: .rq, .onnx, or a model file (names and shapes of its
+    tensors). Nothing is executed.
 
     weights: which of several sets of weights of a model file to show.
     """
@@ -80,14 +97,39 @@ def inspect(path: str | Path, weights: str | None = None) -> dict[str, Any]:
     from rqtool.model.load import state_of
 
     state = state_of(path, weights)
-    tensors = [{"name": escaped(k), "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for k, t in state.items()]
-    return {"command": "inspect", "source": str(path), "kind": "weights", "values": sum(t.numel() for t in state.values()), "tensors": tensors}
+    tensors = [
+        {"name": escaped(k), "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+        for k, t in state.items()
+    ]
+    return {
+        "command": "inspect",
+        "source": str(path),
+        "kind": "weights",
+        "values": sum(t.numel() for t in state.values()),
+        "tensors": tensors,
+    }
 
 
 def _inspect_rq(saved: Checkpoint, path: str | Path) -> dict[str, Any]:
-    ops = [{"kind": op.kind, "name": op.name, "output": list(saved.program.tensors[op.output].shape)} for op in saved.program.ops]
-    about = {"macro": saved.macro.to_dict(), "preprocess": saved.preprocess.to_dict(), "classes": saved.classes, "recipe": saved.recipe, "results": saved.results}
-    return {"command": "inspect", "source": str(path), "kind": "rq", **about, "program_sha256": saved.program.sha256(), "ops": ops}
+    ops = [
+        {"kind": op.kind, "name": op.name, "output": list(saved.program.tensors[op.output].shape)}
+        for op in saved.program.ops
+    ]
+    about = {
+        "macro": saved.macro.to_dict(),
+        "preprocess": saved.preprocess.to_dict(),
+        "classes": saved.classes,
+        "recipe": saved.recipe,
+        "results": saved.results,
+    }
+    return {
+        "command": "inspect",
+        "source": str(path),
+        "kind": "rq",
+        **about,
+        "program_sha256": saved.program.sha256(),
+        "ops": ops,
+    }
 
 
 def _inspect_onnx(path: str | Path) -> dict[str, Any]:
@@ -98,20 +140,26 @@ def _inspect_onnx(path: str | Path) -> dict[str, Any]:
     try:
         Macro(**document["macro"]["fields"])
     except (TypeError, ConfigError) as e:
-        raise InputError(f"{escaped(path)}: its metadata describes no macro that can be ({escaped(e)}); export the file again") from e
+        raise InputError(
+            f"{escaped(path)}: its metadata describes no macro that can be "
+            f"({escaped(e)}); export the file again"
+        ) from e
     return {"command": "inspect", "source": str(path), "kind": "onnx", "metadata": document}
 
 
 def verify(path: str | Path) -> dict[str, Any]:
-    """What was checked of a .rq or .onnx file and found right, as plain data. Raises InputError where it cannot be read, CheckError
-    where it is not what rqtool wrote or computes.
+    """What was checked of a .rq or .onnx file and found right, as plain data. Raises InputError
+    where it cannot be read, CheckError where it is not what rqtool wrote or computes.
 
     .rq: every hash, the program's structure, and every integer of one random image against the definition. .onnx: the graph, the
-    metadata, their hashes and ADC codes, and every accumulator of one random image, by onnxruntime and by the metadata alone.
+    metadata, their hashes and ADC codes, and every accumulator of one random image, by onnxruntime
+    and by the metadata alone.
     """
     suffix = Path(path).suffix
     if suffix not in (".rq", ".onnx"):
-        raise InputError(f"{escaped(path)}: is no kind of file that rqtool writes; give a .rq or .onnx file")
+        raise InputError(
+            f"{escaped(path)}: is no kind of file that rqtool writes; give a .rq or .onnx file"
+        )
     checked = _verify_rq(path) if suffix == ".rq" else _verify_onnx(path)
     return {"source": str(path), "kind": suffix[1:], **checked}
 
@@ -122,8 +170,15 @@ def _verify_rq(path: str | Path) -> dict[str, Any]:
     want, got = golden.run(saved.program, x), Runner(saved.program).trace(torch.from_numpy(x))
     for name, values in want.items():
         if not np.array_equal(values, got[name].numpy()):
-            raise CheckError(f"{escaped(path)}: tensor {escaped(name)} differs from the definition on a random image; please report this as a bug")
-    return {"program_sha256": saved.program.sha256(), "tensors": len(want), "integers": int(sum(values.size for values in want.values()))}
+            raise CheckError(
+                f"{escaped(path)}: tensor {escaped(name)} differs from the "
+                "definition on a random image; please report this as a bug"
+            )
+    return {
+        "program_sha256": saved.program.sha256(),
+        "tensors": len(want),
+        "integers": int(sum(values.size for values in want.values())),
+    }
 
 
 def _verify_onnx(path: str | Path) -> dict[str, Any]:
@@ -133,10 +188,24 @@ def _verify_onnx(path: str | Path) -> dict[str, Any]:
     model = load_onnx(path)
     doc = validate(model)
     codes = sum(enumerated(layer) for layer in doc["layers"])
-    return {"program_sha256": doc["program"]["sha256"], "layers": len(doc["layers"]), "codes": codes, "accumulators": verify_file(model)}
+    return {
+        "program_sha256": doc["program"]["sha256"],
+        "layers": len(doc["layers"]),
+        "codes": codes,
+        "accumulators": verify_file(model),
+    }
 
 
 def operations() -> dict[str, Any]:
-    """The aten operations that are understood in a model, the operations of an integer program, and the built-in networks."""
-    networks = [{"name": name, "input_shape": list(entry.shape), "about": entry.about} for name, entry in ZOO.items()]
-    return {"command": "ops", "model": sorted(LIFT), "program": {kind: sorted(names) for kind, names in ATTRIBUTES.items()}, "networks": networks}
+    """The aten operations that are understood in a model, the operations of an integer program, and
+    the built-in networks."""
+    networks = [
+        {"name": name, "input_shape": list(entry.shape), "about": entry.about}
+        for name, entry in ZOO.items()
+    ]
+    return {
+        "command": "ops",
+        "model": sorted(LIFT),
+        "program": {kind: sorted(names) for kind, names in ATTRIBUTES.items()},
+        "networks": networks,
+    }

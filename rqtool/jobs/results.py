@@ -1,4 +1,5 @@
-"""What the public functions give: dataclasses of plain data with `to_json()`, whose keys docs/json.md describes."""
+"""What the public functions give: dataclasses of plain data with `to_json()`, whose keys
+docs/json.md describes."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ class Tuned:
     """What is said of every fine-tuning. top-1 in percent of `images` images; `measured_on` is
     the name of the part: "test", "val" and the like, or "held-out".
 
-    tuned: after `recipe.epochs` epochs, the integer program that was saved. agreement: percent of images on which the integer
-    program and the network that is served, its graph run in floating point, name the same class (train/served.py). learning_rate:
-    the peak rate, found or asked for; None without epochs. roll_backs:
-    epochs that diverged and were done again, each at half the rate. epochs: a row for each epoch, as docs/json.md describes it.
+    tuned: after `recipe.epochs` epochs, the integer program that was saved. agreement: percent of
+    images on which the integer program and the network that is served, its graph run in floating
+    point, name the same class (train/served.py). learning_rate: the peak rate, found or asked for;
+    None without epochs. roll_backs: epochs that diverged and were done again, each at half the
+    rate. epochs: a row for each epoch, as docs/json.md describes it.
     """
 
     out: str | None
@@ -44,19 +46,27 @@ class Tuned:
 
     def _described(self) -> dict[str, Any]:
         """What was made: the first keys of the JSON object, after the command's own."""
-        return {"out": self.out, "macro": self.macro.to_dict(), "recipe": self.recipe.to_dict(), "learning_rate": self.learning_rate}
+        return {
+            "out": self.out,
+            "macro": self.macro.to_dict(),
+            "recipe": self.recipe.to_dict(),
+            "learning_rate": self.learning_rate,
+        }
 
     def _training(self) -> dict[str, Any]:
         """How it was trained and measured: the keys after the metrics."""
-        return self._named("measured_on", "train_images", "held_out_images", "chosen", "roll_backs", "epochs")
+        return self._named(
+            "measured_on", "train_images", "held_out_images", "chosen", "roll_backs", "epochs"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized(Tuned):
-    """What `quantize` found, beside what `Tuned` says. float: the model as it came. ptq: calibrated, not trained. ideal: the twin
-    with an ideal ADC, trained equally long; twin_chosen: its chosen state; twin_out: the file it was saved to. adc_loss: twin
-    minus tuned on the same images, with its paired error; None without a twin, and where the macro's ADC is ideal. chain: what
-    each step cost, a row for each, as docs/json.md describes it.
+    """What `quantize` found, beside what `Tuned` says. float: the model as it came. ptq:
+    calibrated, not trained. ideal: the twin with an ideal ADC, trained equally long; twin_chosen:
+    its chosen state; twin_out: the file it was saved to. adc_loss: twin minus tuned on the same
+    images, with its paired error; None without a twin, and where the macro's ADC is ideal. chain:
+    what each step cost, a row for each, as docs/json.md describes it.
     """
 
     float_top1: float
@@ -79,7 +89,11 @@ class Quantized(Tuned):
 
     def to_json(self) -> dict[str, Any]:
         top1 = self._named("float_top1", "ptq_top1", "tuned_top1", "ideal_top1")
-        metrics = {**top1, **_loss("adc_loss", self.loss, self.adc_loss), **self._named("agreement", "images", "reads_per_mac")}
+        metrics = {
+            **top1,
+            **_loss("adc_loss", self.loss, self.adc_loss),
+            **self._named("agreement", "images", "reads_per_mac"),
+        }
         twin = self._named("twin_chosen", "twin_out")
         return {
             "command": "quantize", **self._described(), "metrics": metrics, "chain": self.chain, **self._training(), **twin, "warnings": list(self.warnings),
@@ -89,13 +103,18 @@ class Quantized(Tuned):
 
 def _loss(name: str, points: float | None, loss: Loss | None) -> dict[str, Any]:
     """A difference in points with its paired error; the errors are None where nothing was compared."""
-    return {name: points, f"{name}_se": loss.se if loss else None, f"{name}_interval": list(loss.interval) if loss else None}
+    return {
+        name: points,
+        f"{name}_se": loss.se if loss else None,
+        f"{name}_interval": list(loss.interval) if loss else None,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained(Tuned):
-    """What `train_more` found, beside what `Tuned` says. before: the integer program as it came; gain: tuned minus before on the
-    same images, with its paired error. recipe: of these epochs; history: the recipes of all trainings before, oldest first."""
+    """What `train_more` found, beside what `Tuned` says. before: the integer program as it came;
+    gain: tuned minus before on the same images, with its paired error. recipe: of these epochs;
+    history: the recipes of all trainings before, oldest first."""
 
     source: str
     history: list[Recipe]
@@ -105,9 +124,24 @@ class Trained(Tuned):
     def to_json(self) -> dict[str, Any]:
         history = [recipe.to_dict() for recipe in self.history]
         gain = _loss("gain", self.gain.points, self.gain)
-        metrics = {**self._named("before_top1", "tuned_top1"), **gain, **self._named("agreement", "images")}
-        about = {**self._training(), "warnings": list(self.warnings), **self._named("layers", "seconds")}
-        return {"command": "train", "source": self.source, **self._described(), "history": history, "metrics": metrics, **about}
+        metrics = {
+            **self._named("before_top1", "tuned_top1"),
+            **gain,
+            **self._named("agreement", "images"),
+        }
+        about = {
+            **self._training(),
+            "warnings": list(self.warnings),
+            **self._named("layers", "seconds"),
+        }
+        return {
+            "command": "train",
+            "source": self.source,
+            **self._described(),
+            "history": history,
+            "metrics": metrics,
+            **about,
+        }
 
 
 @dataclass(frozen=True)
@@ -126,7 +160,14 @@ class Evaluated:
 
     def to_json(self) -> dict[str, Any]:
         metrics = {"top1": self.top1, "images": self.images}
-        about = {"adc": self.adc, "measured_on": self.measured_on, "macro": self.macro.to_dict(), "seconds": self.seconds, "fused_layers": self.fast, "warnings": list(self.warnings)}
+        about = {
+            "adc": self.adc,
+            "measured_on": self.measured_on,
+            "macro": self.macro.to_dict(),
+            "seconds": self.seconds,
+            "fused_layers": self.fast,
+            "warnings": list(self.warnings),
+        }
         return {"command": "eval", "source": self.source, "metrics": metrics, **about}
 
 
@@ -157,11 +198,22 @@ class Planned:
 
     @property
     def totals(self) -> dict[str, Any]:
-        sums = {key: sum(row[key] for row in self.layers) for key in ("tiles", "macs", "reads", "cycles")}
+        sums = {
+            key: sum(row[key] for row in self.layers)
+            for key in ("tiles", "macs", "reads", "cycles")
+        }
         return sums | {"reads_per_mac": sums["reads"] / sums["macs"]}
 
     def to_json(self) -> dict[str, Any]:
-        return {"command": "plan", "source": self.source, "macro": self.macro.to_dict(), "input_shape": list(self.input_shape), "layers": self.layers, "totals": self.totals, "warnings": list(self.warnings)}
+        return {
+            "command": "plan",
+            "source": self.source,
+            "macro": self.macro.to_dict(),
+            "input_shape": list(self.input_shape),
+            "layers": self.layers,
+            "totals": self.totals,
+            "warnings": list(self.warnings),
+        }
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""What is done with a finished .rq file: its integer program measured, its ADCs judged, and the program written as ONNX."""
+"""What is done with a finished .rq file: its integer program measured, its ADCs judged, and the
+program written as ONNX."""
 
 from __future__ import annotations
 
@@ -28,16 +29,26 @@ DIAGNOSIS_IMAGES = 1000  # that a diagnosis is measured on, where nobody says ho
 
 
 def evaluate(
-    source: str | Path, data: str | Data, *, adc: str = "real", limit: int | None = None, min_acc: float | None = None, progress: Any = None
+    source: str | Path,
+    data: str | Data,
+    *,
+    adc: str = "real",
+    limit: int | None = None,
+    min_acc: float | None = None,
+    progress: Any = None,
 ) -> Evaluated:
-    """Top-1 of a .rq file's integer program on the test images of a data set (its only images, if it is not split).
+    """Top-1 of a .rq file's integer program on the test images of a data set (its only images, if
+    it is not split).
 
-    adc: "real", or "ideal" for the same trained network with every ADC ideal (not retrained: the twin in `quantize` is).
-    limit: a random subset of so many images. Raises CheckError where top-1 is below min_acc.
+    adc: "real", or "ideal" for the same trained network with every ADC ideal (not retrained: the
+    twin in `quantize` is). limit: a random subset of so many images. Raises CheckError where top-1
+    is below min_acc.
     """
     started, progress = time.monotonic(), progress or Silent()
     if adc not in ("real", "ideal"):
-        raise ConfigError(f"--adc {escaped(adc)} is not known; {suggestion(str(adc), ('ideal', 'real'))}")
+        raise ConfigError(
+            f"--adc {escaped(adc)} is not known; {suggestion(str(adc), ('ideal', 'real'))}"
+        )
     if min_acc is not None and not 0 <= min_acc <= 100:
         raise ConfigError(f"--min-acc must be from 0 to 100 percent, not {min_acc:g}")
     saved, alarms = checkpoint.load(source), Alarms(progress)
@@ -48,8 +59,21 @@ def evaluate(
         found = predictions(program, images, done)
     accuracy = percent(found == images.y)
     if min_acc is not None and accuracy < min_acc:
-        raise CheckError(f"{escaped(source)}: top-1 is {accuracy:.2f} % on {len(images)} images, below --min-acc {min_acc:g}")
-    return Evaluated(str(source), accuracy, len(images), adc, measured_on, program.macro, round(time.monotonic() - started, 1), Runner(program).fast, tuple(alarms.sentences))
+        raise CheckError(
+            f"{escaped(source)}: top-1 is {accuracy:.2f} % on {len(images)} "
+            f"images, below --min-acc {min_acc:g}"
+        )
+    return Evaluated(
+        str(source),
+        accuracy,
+        len(images),
+        adc,
+        measured_on,
+        program.macro,
+        round(time.monotonic() - started, 1),
+        Runner(program).fast,
+        tuple(alarms.sentences),
+    )
 
 
 def ideal_program(saved: Checkpoint) -> Program:
@@ -57,21 +81,40 @@ def ideal_program(saved: Checkpoint) -> Program:
     macro = saved.macro.with_ideal_adc()
     network = checkpoint.build_network(saved.network.graph, macro, saved.network.state_dict())
     whole = saved.program.tensors[saved.program.input].dtype == "uint8"
-    return freeze(network, macro, saved.peaks, Norm(*saved.preprocess.factors(saved.network.graph.input_shape)), whole)
+    return freeze(
+        network,
+        macro,
+        saved.peaks,
+        Norm(*saved.preprocess.factors(saved.network.graph.input_shape)),
+        whole,
+    )
 
 
-def diagnose(source: str | Path, data: str | Data, *, limit: int | None = None, plots: str | Path | None = None, progress: Any = None) -> Diagnosis:
-    """Which layer's ADC costs a .rq file most: every layer's reads judged, and top-1 of the trained network with ADCs made ideal one by one.
+def diagnose(
+    source: str | Path,
+    data: str | Data,
+    *,
+    limit: int | None = None,
+    plots: str | Path | None = None,
+    progress: Any = None,
+) -> Diagnosis:
+    """Which layer's ADC costs a .rq file most: every layer's reads judged, and top-1 of the trained
+    network with ADCs made ideal one by one.
 
-    data, limit: the images as in `evaluate`, 1,000 at most where limit is None. plots: a folder for an SVG of each layer's partial sums.
-    Raises ConfigError for plots of an ideal ADC or over files that exist, and what `evaluate` raises.
+    data, limit: the images as in `evaluate`, 1,000 at most where limit is None. plots: a folder for
+    an SVG of each layer's partial sums. Raises ConfigError for plots of an ideal ADC or over files
+    that exist, and what `evaluate` raises.
     """
     started, progress = time.monotonic(), progress or Silent()
     saved = checkpoint.load(source)
     network, names = saved.network, list(read_layers(saved.network))
-    images, measured_on = images_for(saved, data, DIAGNOSIS_IMAGES if limit is None else limit, Alarms(progress))
+    images, measured_on = images_for(
+        saved, data, DIAGNOSIS_IMAGES if limit is None else limit, Alarms(progress)
+    )
     if plots is not None and saved.macro.ideal:
-        raise ConfigError(f"{escaped(source)}: its ADC is ideal and has no thresholds to draw; leave --plots out")
+        raise ConfigError(
+            f"{escaped(source)}: its ADC is ideal and has no thresholds to draw; leave --plots out"
+        )
     files = [] if plots is None else plot_files(plots, names)
     feed = Feed(images, *saved.preprocess.factors(images.shape))
     first = sample(network, feed)
@@ -79,13 +122,31 @@ def diagnose(source: str | Path, data: str | Data, *, limit: int | None = None, 
         found, figures = examine(network, feed, first, done)
     for file, name in zip(files, names):
         write_atomic(file, _plot(name, found[name]).encode())
-    return Diagnosis(source=str(source), measured_on=measured_on, **figures, plots=list(map(str, files)), seconds=round(time.monotonic() - started, 1))
+    return Diagnosis(
+        source=str(source),
+        measured_on=measured_on,
+        **figures,
+        plots=list(map(str, files)),
+        seconds=round(time.monotonic() - started, 1),
+    )
 
 
 def _plot(name: str, seen: Seen) -> str:
     macro = seen.plan.macro
-    shared = "" if seen.adcs == 1 else f"; the thresholds are those of the {macro.granularity} with the median step, one of {seen.adcs}"
-    return histogram_svg(name, seen.histogram, macro.p_min, seen.thresholds, seen.full_scale, f"{int(seen.histogram.sum()):,} reads{shared}")
+    shared = (
+        ""
+        if seen.adcs == 1
+        else f"; the thresholds are those of the {macro.granularity} with the "
+        f"median step, one of {seen.adcs}"
+    )
+    return histogram_svg(
+        name,
+        seen.histogram,
+        macro.p_min,
+        seen.thresholds,
+        seen.full_scale,
+        f"{int(seen.histogram.sum()):,} reads{shared}",
+    )
 
 
 def export_onnx(
@@ -100,11 +161,12 @@ def export_onnx(
     force: bool = False,
     progress: Any = None,
 ) -> Exported:
-    """Write a .rq file's integer program as ONNX (default: beside it, .onnx) with `rqtool.reram/1` metadata.
+    """Write a .rq file's integer program as ONNX (default: beside it, .onnx) with `rqtool.reram/1`
+    metadata.
 
-    body: "qlinear" (fast) or "explicit" (partial sums are tensors). verify: prove the file equal to the definition first, on
-    `images` test images of `data`, or on random pixels. vectors: a folder for golden vectors. Raises CheckError where a single
-    integer differs; nothing is written then.
+    body: "qlinear" (fast) or "explicit" (partial sums are tensors). verify: prove the file equal to
+    the definition first, on `images` test images of `data`, or on random pixels. vectors: a folder
+    for golden vectors. Raises CheckError where a single integer differs; nothing is written then.
     """
     from rqtool.export.onnx import to_onnx
     from rqtool.export.vectors import write_vectors
@@ -124,4 +186,6 @@ def export_onnx(
     write_atomic(out, blob, force=force)
     if vectors is not None:
         write_vectors(saved.program, x, vectors, force=force)
-    return Exported(str(source), str(out), body, len(blob), report, None if vectors is None else str(vectors))
+    return Exported(
+        str(source), str(out), body, len(blob), report, None if vectors is None else str(vectors)
+    )

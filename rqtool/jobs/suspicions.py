@@ -1,4 +1,5 @@
-"""What a data set or an accuracy looks like when something was forgotten: each function gives sentences that name the way out, or none.
+"""What a data set or an accuracy looks like when something was forgotten: each function gives
+sentences that name the way out, or none.
 
 Nothing is mended here in silence: what looks wrong may be meant.
 """
@@ -33,7 +34,7 @@ KNOWN_NORMS = {
 }  # of pixels from 0 to 1
 
 
-# -- labels ----------------------------------------------------------------------------------------------------------------
+# -- labels ----------------------------------------------------------------------------------------
 def check_labels(data: Data, scores: int) -> None:
     """Raise InputError where labels are beyond the scores of the model."""
     if data.classes <= scores:
@@ -41,27 +42,44 @@ def check_labels(data: Data, scores: int) -> None:
     lowest = min(int(part.y.min()) for part in (data.train, data.test) if part is not None)
     if lowest == 1 and data.classes == scores + 1:
         raise InputError(
-            f"{escaped(data.name)}: labels run from 1 to {scores}, but the model's {scores} classes are numbered from 0; subtract 1 from the labels"
+            f"{escaped(data.name)}: labels run from 1 to {scores}, but the "
+            f"model's {scores} classes are numbered from 0; subtract 1 from the "
+            "labels"
         )
     raise InputError(
-        f"{escaped(data.name)}: labels go up to {data.classes - 1}, but the model scores {scores} classes; give the data set the model was trained for"
+        f"{escaped(data.name)}: labels go up to {data.classes - 1}, but the "
+        f"model scores {scores} classes; give the data set the model was "
+        "trained for"
     )
 
 
 def of_labels(name: str, part: str, y: np.ndarray, scores: int) -> list[str]:
-    """Labels of one class only, or classes of the model that never occur. part: "training" or what is measured on."""
+    """Labels of one class only, or classes of the model that never occur. part: "training" or what
+    is measured on."""
     counts = np.bincount(y, minlength=scores)
     missing, where = np.flatnonzero(counts == 0), f"{escaped(name)}: "
     if scores > 1 and len(missing) == scores - 1:
-        return [f"{where}all {len(y)} {part} images have the label {y[0]}; check the labels, or give images of every class"]
+        return [
+            f"{where}all {len(y)} {part} images have the label {y[0]}; check the "
+            "labels, or give images of every class"
+        ]
     if not len(missing):
         return []
-    listed = ", ".join(map(str, missing[:SHOWN])) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
-    classes = f"{len(missing)} of the model's {scores} classes have" if len(missing) > 1 else f"1 of the model's {scores} classes has"
-    return [f"{where}{classes} no {part} image ({listed}); check that the data set is the one the model was trained for"]
+    listed = ", ".join(map(str, missing[:SHOWN])) + (
+        f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+    )
+    classes = (
+        f"{len(missing)} of the model's {scores} classes have"
+        if len(missing) > 1
+        else f"1 of the model's {scores} classes has"
+    )
+    return [
+        f"{where}{classes} no {part} image ({listed}); check that the data "
+        "set is the one the model was trained for"
+    ]
 
 
-# -- images ----------------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 def of_constant(name: str, part: str, x: np.ndarray) -> list[str]:
     """Images of a single value."""
     if x[0].size == 1:
@@ -71,8 +89,15 @@ def of_constant(name: str, part: str, x: np.ndarray) -> list[str]:
     count = sum(int((block == block[:, :1]).all(1).sum()) for block in flat)
     if not count:
         return []
-    images = f"{count} of {len(x)} {part} images have" if count > 1 else f"1 of {len(x)} {part} images has"
-    return [f"{escaped(name)}: {images} the same value everywhere; check how the images were made, or leave them out"]
+    images = (
+        f"{count} of {len(x)} {part} images have"
+        if count > 1
+        else f"1 of {len(x)} {part} images has"
+    )
+    return [
+        f"{escaped(name)}: {images} the same value everywhere; check how the "
+        "images were made, or leave them out"
+    ]
 
 
 def of_shared(name: str, part: str, train: np.ndarray, test: np.ndarray) -> list[str]:
@@ -81,8 +106,15 @@ def of_shared(name: str, part: str, train: np.ndarray, test: np.ndarray) -> list
     count = sum(digest in known for digest in _digests(test))
     if not count:
         return []
-    images = f"{count} of {len(test)} {part} images are" if count > 1 else f"1 of {len(test)} {part} images is"
-    return [f"{escaped(name)}: {images} training images too, so that top-1 also counts what was learnt by heart; leave them out of one part"]
+    images = (
+        f"{count} of {len(test)} {part} images are"
+        if count > 1
+        else f"1 of {len(test)} {part} images is"
+    )
+    return [
+        f"{escaped(name)}: {images} training images too, so that top-1 also "
+        "counts what was learnt by heart; leave them out of one part"
+    ]
 
 
 def _digests(x: np.ndarray) -> Iterable[bytes]:
@@ -94,20 +126,27 @@ def of_data(data: Data, scores: int) -> list[str]:
     found = []
     for part, images in (("training", data.train), (data.part, data.test)):
         if images is not None:
-            found += [*of_labels(data.name, part, images.y, scores), *of_constant(data.name, part, images.x)]
+            found += [
+                *of_labels(data.name, part, images.y, scores),
+                *of_constant(data.name, part, images.x),
+            ]
     if data.train is not None and data.test is not None:
         found += of_shared(data.name, data.part, data.train.x, data.test.x)
     return found
 
 
 def of_range(name: str, images: Images, preprocess: Preprocess) -> list[str]:
-    """Pixels that are nearly one value for the network, or from 0 to 255 where floats are taken as they are."""
+    """Pixels that are nearly one value for the network, or from 0 to 255 where floats are taken as
+    they are."""
     low, high = float(images.x.min()), float(images.x.max())
     spread = (high - low) * preprocess.scale / min(preprocess.std)
     if high > low and spread < DARK:
         return [
-            f"{escaped(name)}: pixels from {low:g} to {high:g} are all within {spread:.2g} of each other for the network (--scale {preprocess.scale:.6g}); "
-            f"give the --scale that the model was trained with, for example {1 / max(abs(low), abs(high)):.6g}"
+            f"{escaped(name)}: pixels from {low:g} to {high:g} are all within "
+            f"{spread:.2g} of each other for the network (--scale "
+            f"{preprocess.scale:.6g}); "
+            "give the --scale that the model was trained with, for example "
+            f"{1 / max(abs(low), abs(high)):.6g}"
         ]
     return []
 
@@ -117,20 +156,29 @@ def of_axes(shape: Shape, axes: Axes, view: Shape) -> list[str]:
     if axes not in (FIRST, SWAPPED):
         return []
     what = "channels last" if axes == FIRST else "both axes exchanged"
-    return [f"images of {by(shape)} are taken as {by(view)}, {what}, for that is what the model takes; save them in the model's order if that is not meant"]
+    return [
+        f"images of {by(shape)} are taken as {by(view)}, {what}, for that is "
+        "what the model takes; save them in the model's order if that is not "
+        "meant"
+    ]
 
 
-# -- accuracies ------------------------------------------------------------------------------------------------------------
+# -- accuracies ------------------------------------------------------------------------------------
 def of_chance(top1: float, y: np.ndarray, scores: int) -> list[str]:
     """A float model that is no better than naming a class at random, or always the same."""
     if scores < 2:
         return []
     often = 100 * np.bincount(y).max() / len(y)
-    for chance, guess in ((often, "always naming the most frequent class"), (100 / scores, "naming a class at random")):
+    for chance, guess in (
+        (often, "always naming the most frequent class"),
+        (100 / scores, "naming a class at random"),
+    ):
         if top1 <= chance + ERRORS * math.sqrt(chance * (100 - chance) / len(y)):
             return [
-                f"the float model has top-1 {top1:.2f} % on {len(y)} images, no better than {guess} ({chance:.2f} %); "
-                "check that weights, --arch, labels and pixels (--mean, --std, --scale) belong together"
+                f"the float model has top-1 {top1:.2f} % on {len(y)} images, no "
+                f"better than {guess} ({chance:.2f} %); "
+                "check that weights, --arch, labels and pixels (--mean, --std, "
+                "--scale) belong together"
             ]
     return []
 
@@ -141,45 +189,74 @@ def of_gain(float_top1: float, top1: float, images: int) -> list[str]:
     if top1 - float_top1 <= ERRORS * error or top1 <= float_top1:
         return []
     return [
-        f"the calibrated network has top-1 {top1:.2f} %, the float model only {float_top1:.2f} % ({images} images): calibration mends what came in wrong; "
+        f"the calibrated network has top-1 {top1:.2f} %, the float model "
+        f"only {float_top1:.2f} % ({images} images): calibration mends what "
+        "came in wrong; "
         "check pixels (--mean, --std, --scale), weights and batch norm statistics"
     ]
 
 
 def pixel_candidates(images: Images, given: Preprocess, channels: int) -> dict[str, Preprocess]:
-    """{what pixels may be worth: the preprocessing} for networks whose training is not known, but for `given` itself.
+    """{what pixels may be worth: the preprocessing} for networks whose training is not known, but
+    for `given` itself.
 
-    Whole numbers count from 0 to 255, others too where one is above 1.5. The last candidate has the mean and std of these images.
+    Whole numbers count from 0 to 255, others too where one is above 1.5. The last candidate has the
+    mean and std of these images.
     """
     x = images.x
     scale = 1 / 255 if x.dtype == np.uint8 or float(x.max()) > 1.5 else 1.0
     norms = {name: norm for name, norm in KNOWN_NORMS.items() if len(norm[0]) in (1, channels)}
     if x.ndim == 4 and x.shape[1] == channels:
-        mean, std = (tuple(float(f"{v:.4g}") for v in getattr(x, what)((0, 2, 3), np.float64) * scale) for what in ("mean", "std"))
+        mean, std = (
+            tuple(float(f"{v:.4g}") for v in getattr(x, what)((0, 2, 3), np.float64) * scale)
+            for what in ("mean", "std")
+        )
         norms["the mean and std of the training images"] = (mean, tuple(max(v, 1e-3) for v in std))
-    raw = {} if scale == 1 else {"values from 0 to 255": replace(given, scale=1.0, mean=(0.0,), std=(1.0,))}
-    found = {name: replace(given, scale=scale, mean=mean, std=std) for name, (mean, std) in norms.items()} | raw
-    return {name: p for name, p in found.items() if (p.scale, p.mean, p.std) != (given.scale, given.mean, given.std)}
+    raw = (
+        {}
+        if scale == 1
+        else {"values from 0 to 255": replace(given, scale=1.0, mean=(0.0,), std=(1.0,))}
+    )
+    found = {
+        name: replace(given, scale=scale, mean=mean, std=std) for name, (mean, std) in norms.items()
+    } | raw
+    return {
+        name: p
+        for name, p in found.items()
+        if (p.scale, p.mean, p.std) != (given.scale, given.mean, given.std)
+    }
 
 
 def better(hits: np.ndarray, others: Mapping[str, np.ndarray]) -> str | None:
-    """The name of the best of other answers on the same images, where it is clearly better than `hits` (bool [N]): by more than BEST_ERRORS
-    standard errors of the difference and more than CLEAR points; None where none is."""
+    """The name of the best of other answers on the same images, where it is clearly better than
+    `hits` (bool [N]): by more than BEST_ERRORS standard errors of the difference and more than
+    CLEAR points; None where none is."""
     if not others:
         return None
     name = max(others, key=lambda n: others[n].sum())
     difference = 100 * (others[name].astype(float) - hits)
-    return name if difference.mean() > max(CLEAR, BEST_ERRORS * difference.std() / math.sqrt(len(hits))) else None
+    return (
+        name
+        if difference.mean() > max(CLEAR, BEST_ERRORS * difference.std() / math.sqrt(len(hits)))
+        else None
+    )
 
 
-def of_pixels(given: Preprocess, right: np.ndarray, candidates: Mapping[str, Preprocess], others: Mapping[str, np.ndarray]) -> list[str]:
-    """Pixels that the network knows better under another mean, std or scale. right, others: bool [N], on the same training images,
-    with the pixels of `given` and of each candidate."""
+def of_pixels(
+    given: Preprocess,
+    right: np.ndarray,
+    candidates: Mapping[str, Preprocess],
+    others: Mapping[str, np.ndarray],
+) -> list[str]:
+    """Pixels that the network knows better under another mean, std or scale. right, others: bool
+    [N], on the same training images, with the pixels of `given` and of each candidate."""
     name = better(right, others)
     if name is None:
         return []
     return [
-        f"on {len(right)} training images the float model has top-1 {_percent(right)} % with the pixels as they are given, but {_percent(others[name])} % with {name}; "
+        f"on {len(right)} training images the float model has top-1 "
+        f"{_percent(right)} % with the pixels as they are given, but "
+        f"{_percent(others[name])} % with {name}; "
         f"if it was trained so, give {flags(candidates[name], given)}"
     ]
 
@@ -190,13 +267,23 @@ def flags(p: Preprocess, given: Preprocess) -> str:
     >>> flags(Preprocess(1.0, (0.5,), (0.25,)), Preprocess(1.0, (0.5,)))
     '--std 0.25'
     """
-    values = {"mean": ",".join(f"{v:g}" for v in p.mean), "std": ",".join(f"{v:g}" for v in p.std), "scale": f"{p.scale:.8g}"}
-    return " ".join(f"--{name} {value}" for name, value in values.items() if getattr(p, name) != getattr(given, name))
+    values = {
+        "mean": ",".join(f"{v:g}" for v in p.mean),
+        "std": ",".join(f"{v:g}" for v in p.std),
+        "scale": f"{p.scale:.8g}",
+    }
+    return " ".join(
+        f"--{name} {value}"
+        for name, value in values.items()
+        if getattr(p, name) != getattr(given, name)
+    )
 
 
-def of_order(right: np.ndarray, others: Mapping[Axes, np.ndarray], shape: Shape, view: Shape) -> list[str]:
-    """A network that takes the same values in another order, and knows them better so. right, others: bool [N], on the same training
-    images, with their axes as they are and in each order."""
+def of_order(
+    right: np.ndarray, others: Mapping[Axes, np.ndarray], shape: Shape, view: Shape
+) -> list[str]:
+    """A network that takes the same values in another order, and knows them better so. right,
+    others: bool [N], on the same training images, with their axes as they are and in each order."""
     axes = better(right, others)
     if axes is None:
         return []
@@ -206,7 +293,9 @@ def of_order(right: np.ndarray, others: Mapping[Axes, np.ndarray], shape: Shape,
     if axes == SWAPPED or len(view) == 1 or len(set(shape)) == 1:
         way = "save the images in that order" + (", each in one row" if len(view) == 1 else "")
     return [
-        f"on {len(right)} training images the float model has top-1 {_percent(right)} % with their values in the order they are taken in, "
+        f"on {len(right)} training images the float model has top-1 "
+        f"{_percent(right)} % with their values in the order they are taken "
+        "in, "
         f"but {_percent(others[axes])} % with {names[axes]}; if it was trained so, {way}"
     ]
 

@@ -25,7 +25,17 @@ from rqtool.jobs.chain import (
     say_what_training_brought,
     tuned_step,
 )
-from rqtool.jobs.prepare import Silent, check_augment, check_task, fitting_images, prepare, read_data, ready_kernels, sample, split
+from rqtool.jobs.prepare import (
+    Silent,
+    check_augment,
+    check_task,
+    fitting_images,
+    prepare,
+    read_data,
+    ready_kernels,
+    sample,
+    split,
+)
 from rqtool.jobs.results import Quantized, Trained
 from rqtool.model.data import Data, Preprocess
 from rqtool.model.network import Network
@@ -45,7 +55,7 @@ from rqtool.train.state import Runs, about_job, kept_runs
 TEACH = ", or --teacher float"  # what `quantize` has beside the learning rate, and `train` has not
 PEAK_IMAGES, PEAK_BATCH = 512, 128  # images behind the ranges of grids
 STAYS = {
-    "seed": "it decides which images are held out", "held_out": "its images have chosen the network",
+    "seed": "it decides which images are held " "out", "held_out": "its images have chosen the network",
     "calibration": "the network is calibrated", "rounding": "the network is calibrated", "calibration_images": "the network is calibrated", "ideal_epochs": "the network has met its ADC",
     **dict.fromkeys(("teacher", "distill_weight", "distill_temperature", "match"), "a .rq file holds no teacher"),
 }  # fmt: skip
@@ -70,31 +80,46 @@ def quantize(
     force: bool = False,
     progress: Any = None,
 ) -> Quantized:
-    """Rewrite a trained model for a macro, calibrate it, fine-tune it through the ADC, measure it, and save it to `out` (if given).
+    """Rewrite a trained model for a macro, calibrate it, fine-tune it through the ADC, measure it,
+    and save it to `out` (if given).
 
-    model: a file, a built-in name or a torch module (it is not changed). data: as `load_data` reads it; needs training images.
-    input_shape: what one image is for the model, (C, H, W), (C, L) or (F,), where it is not what the data set says.
-    weights, prefix: where in a file the weights are ("model_ema"), and what stands before their names; needed where several fit.
-    task: "classify" says that the model is a classifier where it does not look like one.
-    preprocess: what a pixel is worth; a dictionary changes only those fields of the default for this data set.
-    twin: also train the ideal-ADC twin equally long, which shows what the ADC alone costs; twin_out: save it as a .rq file, too.
-    state: a file that is replaced after every epoch; where it exists, the same job goes on from it, to the same bits on the same
-    number of threads. Raises RqError's kinds.
+    model: a file, a built-in name or a torch module (it is not changed). data: as `load_data` reads
+    it; needs training images. input_shape: what one image is for the model, (C, H, W), (C, L) or
+    (F,), where it is not what the data set says. weights, prefix: where in a file the weights are
+    ("model_ema"), and what stands before their names; needed where several fit. task: "classify"
+    says that the model is a classifier where it does not look like one. preprocess: what a pixel is
+    worth; a dictionary changes only those fields of the default for this data set. twin: also train
+    the ideal-ADC twin equally long, which shows what the ADC alone costs; twin_out: save it as a
+    .rq file, too. state: a file that is replaced after every epoch; where it exists, the same job
+    goes on from it, to the same bits on the same number of threads. Raises RqError's kinds.
     """
-    started, macro, recipe, progress = time.monotonic(), macro or Macro(), recipe or Recipe(), progress or Silent()
+    started, macro, recipe, progress = (
+        time.monotonic(),
+        macro or Macro(),
+        recipe or Recipe(),
+        progress or Silent(),
+    )
     if out is not None:
         check_writable(out, force)
     _check_twin_out(macro, out, twin, twin_out, force)
     alarms = Alarms(progress)
-    job = prepare(model, data, arch, recipe, preprocess, input_shape, progress, alarms, weights, prefix)
+    job = prepare(
+        model, data, arch, recipe, preprocess, input_shape, progress, alarms, weights, prefix
+    )
     plans(job.network.graph, macro)  # what the macro cannot hold is refused before any work
     ready_kernels(progress, training=recipe.epochs + recipe.ideal_epochs > 0)
     with progress.stage("float model", 1) as done:
         right = hits(job.network, job.test)
         float_top1 = percent(right)
         done(1, f"top-1 {float_top1:.2f} %")
-    check_task(job.network, str(data) if isinstance(data, str) else data.name, job.test, float_top1, task)
-    alarms.say_all(suspicions.of_chance(float_top1, job.test.images.y, job.network.graph.shape(job.network.graph.output)[0]))
+    check_task(
+        job.network, str(data) if isinstance(data, str) else data.name, job.test, float_top1, task
+    )
+    alarms.say_all(
+        suspicions.of_chance(
+            float_top1, job.test.images.y, job.network.graph.shape(job.network.graph.output)[0]
+        )
+    )
     stages = Stages(job, macro, recipe, progress, _runs(state, macro, job, recipe))
     network, best = stages.calibrated(macro, "calibration")
     steps = [Step("float", right), *calibrated_steps(network, job, best.top1, progress)]
@@ -103,14 +128,21 @@ def quantize(
     alarms.say_all(suspicions.of_gain(float_top1, ptq_top1, len(job.test)))
     network, run = stages.main(network, best)
     steps.append(tuned_step(network, job, best, run.best, progress))
-    say_what_training_brought(alarms, run, stages.followed(), len(job.train), _lost_by_calibration(steps), TEACH)
+    say_what_training_brought(
+        alarms, run, stages.followed(), len(job.train), _lost_by_calibration(steps), TEACH
+    )
     if run.best is not best:  # else nothing better was found, and that is measured already
         measured = _measured(network, macro, job, progress, "integer program")
     tell(measured.fixed, alarms.say)
     ideal = _twin(stages, run, measured, alarms) if twin else None
     figures = _figures(stages, network, run, measured, out, started, alarms)
     chain = chain_rows([*steps, Step("frozen", measured.right(job))])
-    about = {"float_top1": float_top1, "ptq_top1": ptq_top1, "chain": chain, **_against(ideal, measured, job)}
+    about = {
+        "float_top1": float_top1,
+        "ptq_top1": ptq_top1,
+        "chain": chain,
+        **_against(ideal, measured, job),
+    }
     result = Quantized(**figures, **about, twin_out=None if twin_out is None else str(twin_out))
     _save(result, network, measured, job, force)
     if twin_out is not None:
@@ -128,10 +160,12 @@ def train_more(
     force: bool = False,
     progress: Any = None,
 ) -> Trained:
-    """Train the network of a .rq file for more epochs through its ADC, with a schedule of its own, and save it to `out` (if given).
+    """Train the network of a .rq file for more epochs through its ADC, with a schedule of its own,
+    and save it to `out` (if given).
 
-    data: what it was made with, so that the same images are held out. recipe: settings that are not as before; those in STAYS cannot
-    change, and there is no teacher. state: as in `quantize`. Raises RqError's kinds.
+    data: what it was made with, so that the same images are held out. recipe: settings that are not
+    as before; those in STAYS cannot change, and there is no teacher. state: as in `quantize`.
+    Raises RqError's kinds.
     """
     started, progress = time.monotonic(), progress or Silent()
     alarms = Alarms(progress)
@@ -152,7 +186,12 @@ def train_more(
     measured = _measured(network, saved.macro, job, progress, "integer program")
     tell(measured.fixed, alarms.say)
     gain = paired(measured.right(job), before)
-    about = {"source": str(source), "history": history, "before_top1": percent(before), "gain": gain}
+    about = {
+        "source": str(source),
+        "history": history,
+        "before_top1": percent(before),
+        "gain": gain,
+    }
     result = Trained(**_figures(stages, network, run, measured, out, started, alarms), **about)
     _save(result, network, measured, job, force)
     return result
@@ -163,13 +202,19 @@ def recipes_of(saved: Checkpoint, source: str | Path) -> list[Recipe]:
     try:
         return [Recipe(**fields) for fields in (*saved.results.get("history", []), saved.recipe)]
     except (TypeError, AttributeError, ConfigError) as e:
-        raise InputError(f"{escaped(source)}: its recipe is not one of this version ({escaped(e)}); make the file again") from e
+        raise InputError(
+            f"{escaped(source)}: its recipe is not one of this version "
+            f"({escaped(e)}); make the file again"
+        ) from e
 
 
 def recipe_after(before: Recipe, changes: dict[str, Any]) -> Recipe:
     """The recipe of more epochs: the one before with `changes`."""
     for name in changes.keys() & STAYS.keys():
-        raise ConfigError(f"--{name.replace('_', '-')} cannot change when training goes on, for {STAYS[name]}; leave it out")
+        raise ConfigError(
+            f"--{name.replace('_', '-')} cannot change when training goes on, "
+            f"for {STAYS[name]}; leave it out"
+        )
     return replace(before, **{"teacher": "none", "match": 0.0, "ideal_epochs": 0, **changes})
 
 
@@ -177,15 +222,25 @@ def _job_of(saved: Checkpoint, data: Data, recipe: Recipe, alarms: Alarms) -> Jo
     """The job of training a checkpoint on."""
     alarms.say_all(data.notes)
     if data.train is None:
-        raise InputError(f"{escaped(data.name)}: has no training images; give a data set with a training part (x_train, y_train)")
+        raise InputError(
+            f"{escaped(data.name)}: has no training images; give a data set with "
+            "a training part (x_train, y_train)"
+        )
     check_augment(saved.network, recipe, saved.preprocess.axes)
-    parts = {name: images and fitting_images(saved, data, images) for name, images in (("train", data.train), ("test", data.test))}
+    parts = {
+        name: images and fitting_images(saved, data, images)
+        for name, images in (("train", data.train), ("test", data.test))
+    }
     return split(saved.network, replace(data, **parts), recipe, saved.preprocess)
 
 
-# -- the work of both --------------------------------------------------------------------------------------------------
+# -- the work of both ------------------------------------------------------------------------------
 def _runs(state: str | Path | None, macro: Macro, job: Job, recipe: Recipe) -> Runs:
-    return Runs() if state is None else kept_runs(state, about_job(job.network, macro, recipe, [job.train, job.held]))
+    return (
+        Runs()
+        if state is None
+        else kept_runs(state, about_job(job.network, macro, recipe, [job.train, job.held]))
+    )
 
 
 def _check_twin_out(
@@ -195,12 +250,18 @@ def _check_twin_out(
     if twin_out is None:
         return
     if not twin:
-        raise ConfigError("--twin-out saves the ideal-ADC twin, which --no-twin leaves out; use one of the two")
+        raise ConfigError(
+            "--twin-out saves the ideal-ADC twin, which --no-twin leaves out; use one of the two"
+        )
     if macro.ideal:
-        raise ConfigError("--twin-out: with --adc-bits ideal the network is its own twin; leave --twin-out out")
+        raise ConfigError(
+            "--twin-out: with --adc-bits ideal the network is its own twin; leave --twin-out out"
+        )
     target = check_writable(twin_out, force, option="--twin-out")
     if out is not None and target == check_writable(out, force):
-        raise ConfigError(f"{escaped(twin_out)}: is the file of --out, too; give another --twin-out")
+        raise ConfigError(
+            f"{escaped(twin_out)}: is the file of --out, too; give another --twin-out"
+        )
 
 
 def _lost_by_calibration(steps: list[Step]) -> Loss:
@@ -251,8 +312,9 @@ def _save_twin(result: Quantized, stages: Stages, twin: Twin, force: bool) -> No
 
 @dataclass(frozen=True)
 class Measured:
-    """A network's integer program, the numbers that `Served` computes it with, the peaks that its grids come from; the classes that
-    the program names for the test images, and their top-1; what it cost to fix the numbers."""
+    """A network's integer program, the numbers that `Served` computes it with, the peaks that its
+    grids come from; the classes that the program names for the test images, and their top-1; what
+    it cost to fix the numbers."""
 
     program: Program
     numbers: Numbers
@@ -275,10 +337,20 @@ def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str
     return Measured(program, numbers, peaks, found, percent(found == job.test.images.y), fixed)
 
 
-def _figures(stages: Stages, network: Network, run: Run, measured: Measured, out: str | Path | None, started: float, alarms: Alarms) -> dict[str, Any]:
+def _figures(
+    stages: Stages,
+    network: Network,
+    run: Run,
+    measured: Measured,
+    out: str | Path | None,
+    started: float,
+    alarms: Alarms,
+) -> dict[str, Any]:
     """The fields of `Tuned`, by name."""
     job = stages.job
-    agreement = percent(measured.found == real_predictions(Served(network, measured.numbers), job.test.images))
+    agreement = percent(
+        measured.found == real_predictions(Served(network, measured.numbers), job.test.images)
+    )
     return {
         "out": None if out is None else str(out), "macro": stages.macro, "recipe": stages.recipe, "learning_rate": stages.rates.get(MAIN), "tuned_top1": measured.top1, "agreement": agreement,
         "images": len(job.test), "measured_on": job.measured_on, "train_images": len(job.train), "held_out_images": len(job.held), "chosen": run.best.name,
@@ -286,8 +358,17 @@ def _figures(stages: Stages, network: Network, run: Run, measured: Measured, out
     }  # fmt: skip
 
 
-def _save(result: Quantized | Trained, network: Network, measured: Measured, job: Job, force: bool) -> None:
+def _save(
+    result: Quantized | Trained, network: Network, measured: Measured, job: Job, force: bool
+) -> None:
     """Write the .rq file, where one is asked for."""
     if result.out is not None:
-        parts = (measured.program, measured.peaks, job.preprocess, job.classes, result.recipe.to_dict(), result.to_json())
+        parts = (
+            measured.program,
+            measured.peaks,
+            job.preprocess,
+            job.classes,
+            result.recipe.to_dict(),
+            result.to_json(),
+        )
         Checkpoint(result.macro, network, *parts).save(result.out, force)

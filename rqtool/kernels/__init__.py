@@ -1,1 +1,2 @@
-"""The reads, fast: dot products of a tile, ADC and accumulation without ever holding all partial sums."""
+"""The reads, fast: dot products of a tile, ADC and accumulation without ever holding all partial
+sums."""

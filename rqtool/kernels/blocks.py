@@ -1,4 +1,5 @@
-"""Codes and gradients in and out of blocks of output positions: im2col, its transpose, and plain copies; compiled, for kernels/cpu.py."""
+"""Codes and gradients in and out of blocks of output positions: im2col, its transpose, and plain
+copies; compiled, for kernels/cpu.py."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from rqtool.kernels.vector import LANES
 
 @compiled
 def runs(first, count, shape, found):
-    """Runs of positions within one output row: rows of `found` are (start in x, position in the block, length); how many.
+    """Runs of positions within one output row: rows of `found` are (start in x, position in the
+    block, length); how many.
 
-    shape: (height and width of the output, stride down and right, elements of an image and of a row of x).
+    shape: (height and width of the output, stride down and right, elements of an image and of a row
+    of x).
     """
     height, width, down, right, image_size, row_size = shape
     n_found = done = 0
@@ -32,19 +35,30 @@ def runs(first, count, shape, found):
 
 @compiled
 def gather(x, channel, offsets, step, found, n_found, words):
-    """im2col of a block: words int32 [words, positions + slack] from x uint8, rows of which advance by `step`."""
+    """im2col of a block: words int32 [words, positions + slack] from x uint8, rows of which advance
+    by `step`."""
     stride = words.shape[1] * 4
     for s in range(n_found):
         start, at, length = channel + found[s, 0], found[s, 1], found[s, 2]
         steps = (length + LANES - 1) // LANES
         if step <= 2:
-            strips.weave(step - 1, x.ctypes.data + start, offsets.ctypes.data, words.shape[0], steps, words.ctypes.data + 4 * at, stride)
+            strips.weave(
+                step - 1,
+                x.ctypes.data + start,
+                offsets.ctypes.data,
+                words.shape[0],
+                steps,
+                words.ctypes.data + 4 * at,
+                stride,
+            )
         else:
             for k in range(words.shape[0]):
                 for i in range(length):
                     word = np.uint32(0)
                     for j in range(WORD):
-                        word |= np.uint32(x[start + offsets[WORD * k + j] + i * step]) << np.uint32(8 * j)
+                        word |= np.uint32(x[start + offsets[WORD * k + j] + i * step]) << np.uint32(
+                            8 * j
+                        )
                     words[k, at + i] = np.int32(word)
 
 
@@ -55,7 +69,9 @@ def scatter(dx, channel, offsets, live, step, found, n_found, drows):
         for s in range(n_found):
             start, at, length = channel + found[s, 0] + offsets[k], found[s, 1], found[s, 2]
             if step == 1:
-                strips.add_run(dx.ctypes.data + 4 * start, drows.ctypes.data + 4 * (k * BLOCK + at), length)
+                strips.add_run(
+                    dx.ctypes.data + 4 * start, drows.ctypes.data + 4 * (k * BLOCK + at), length
+                )
             else:
                 for i in range(length):
                     dx[start + i * step] += drows[k, at + i]
@@ -63,7 +79,8 @@ def scatter(dx, channel, offsets, live, step, found, n_found, drows):
 
 @compiled
 def images(first, count, size, found):
-    """Runs of positions within one image: rows of `found` are (image, position in it, position in the block, length); how many."""
+    """Runs of positions within one image: rows of `found` are (image, position in it, position in
+    the block, length); how many."""
     n_found = done = 0
     while done < count:
         image, at = divmod(first + done, size)
@@ -101,14 +118,20 @@ def take_in(gy, column, columns, found, n_found, grad):
 
 @compiled
 def fill(codes, pad, images, x):
-    """Write images[0] .. images[1] of codes uint8 [N, C, H, W] into x one after another; pad: (code, rows above and below, columns beside).
+    """Write images[0] .. images[1] of codes uint8 [N, C, H, W] into x one after another; pad:
+    (code, rows above and below, columns beside).
 
-    What is left of x becomes 0, a code like any other: sixteen positions may be read where one is left.
+    What is left of x becomes 0, a code like any other: sixteen positions may be read where one is
+    left.
     """
     value, down, right = pad
     width = codes.shape[3] + 2 * right
     size = codes.shape[1] * (codes.shape[2] + 2 * down) * width
-    source, target, total = codes[images[0]].ctypes.data, x.ctypes.data, (images[1] - images[0]) * size
+    source, target, total = (
+        codes[images[0]].ctypes.data,
+        x.ctypes.data,
+        (images[1] - images[0]) * size,
+    )
     strips.repeat(target + total, 0, x.size - total)
     if down == 0 and right == 0:
         strips.copy(target, source, total)

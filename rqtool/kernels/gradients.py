@@ -1,6 +1,8 @@
-"""Backward passes of what stands around the reads (train/quantizers.py and train/reads.py have the formulas), each in one pass over memory.
+"""Backward passes of what stands around the reads (train/quantizers.py and train/reads.py have the
+formulas), each in one pass over memory.
 
-Sums are kept in 64 lanes, so that whole vectors are added, and per chunk of the work, so that they are the same on any number of threads.
+Sums are kept in 64 lanes, so that whole vectors are added, and per chunk of the work, so that they
+are the same on any number of threads.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ def _bounds(items: int, numbers: int) -> np.ndarray:
     return items * np.arange(count + 1) // count
 
 
-# -- input codes ---------------------------------------------------------------------------------------------------------
+# -- input codes -----------------------------------------------------------------------------------
 @compiled
 def _codes(x, grad, scale, low, high, dx, sums):
-    """dx = grad / scale where low <= x / scale <= high, else 0; sums [SUMS] gain what grad * x / scale is there."""
+    """dx = grad / scale where low <= x / scale <= high, else 0; sums [SUMS] gain what grad * x /
+    scale is there."""
     whole = x.size // SUMS * SUMS
     for at in range(0, whole, SUMS):
         for lane in range(SUMS):
@@ -51,19 +54,24 @@ def _codes_share(counter, bounds, x, grad, edges, dx, totals):
         chunk = next_turn(counter)
 
 
-def codes(x: np.ndarray, grad: np.ndarray, scale: float, low: float, high: float, threads: int) -> tuple[np.ndarray, float]:
-    """(dx, sum of grad * u) over the numbers with low <= u <= high, u = x / scale; dx = grad / scale there, 0 elsewhere.
+def codes(
+    x: np.ndarray, grad: np.ndarray, scale: float, low: float, high: float, threads: int
+) -> tuple[np.ndarray, float]:
+    """(dx, sum of grad * u) over the numbers with low <= u <= high, u = x / scale; dx = grad /
+    scale there, 0 elsewhere.
 
     x, grad, dx: float32 of one shape.
     """
     flat, towards = (np.ascontiguousarray(a).reshape(-1) for a in (x, grad))
     bounds, dx = _bounds(flat.size, flat.size), np.empty(flat.size, np.float32)
     totals, edges = np.zeros(len(bounds) - 1), tuple(np.float32(v) for v in (scale, low, high))
-    on_threads(_codes_share, (np.zeros(1, np.int64), bounds, flat, towards, edges, dx, totals), threads)
+    on_threads(
+        _codes_share, (np.zeros(1, np.int64), bounds, flat, towards, edges, dx, totals), threads
+    )
     return dx.reshape(x.shape), float(totals.sum())
 
 
-# -- scaled outputs ------------------------------------------------------------------------------------------------------
+# -- scaled outputs --------------------------------------------------------------------------------
 @compiled
 def _outputs(gy, v, scale, dy, plain, weighted):
     """dy [L] = gy * scale; plain, weighted [SUMS] gain gy and gy * v."""
@@ -94,21 +102,29 @@ def _outputs_share(counter, bounds, gy, v, scale, dy, totals):
         chunk = next_turn(counter)
 
 
-def outputs(gy: np.ndarray, v: np.ndarray, scale: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(gy * scale, sum of gy, sum of gy * v), the sums float64 [O] over all but the columns; gy, v: float32 [N, O, ..], scale: float32 [O]."""
+def outputs(
+    gy: np.ndarray, v: np.ndarray, scale: np.ndarray, threads: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(gy * scale, sum of gy, sum of gy * v), the sums float64 [O] over all but the columns; gy, v:
+    float32 [N, O, ..], scale: float32 [O]."""
     rows = [np.ascontiguousarray(a).reshape(*gy.shape[:2], -1) for a in (gy, v)]
     bounds, dy = _bounds(len(gy), gy.size), np.empty(rows[0].shape, np.float32)
     totals = np.zeros((len(bounds) - 1, 2, gy.shape[1]))
-    on_threads(_outputs_share, (np.zeros(1, np.int64), bounds, *rows, np.ascontiguousarray(scale), dy, totals), threads)
+    on_threads(
+        _outputs_share,
+        (np.zeros(1, np.int64), bounds, *rows, np.ascontiguousarray(scale), dy, totals),
+        threads,
+    )
     plain, weighted = totals.sum(0)
     return dy.reshape(gy.shape), plain, weighted
 
 
-# -- tables of values ----------------------------------------------------------------------------------------------------
+# -- tables of values ------------------------------------------------------------------------------
 @compiled
 def count(p, grad, row, p_min, total):
-    """total float64 [rows, P] gains, at the row int64 [T, O] and the partial sum of each read, its gradient: p float32
-    [n, groups, T, columns of a group, L] with grad float32 [n, O, L]. One after another, on one thread."""
+    """total float64 [rows, P] gains, at the row int64 [T, O] and the partial sum of each read, its
+    gradient: p float32 [n, groups, T, columns of a group, L] with grad float32 [n, O, L]. One after
+    another, on one thread."""
     images, groups, tiles, columns, positions = p.shape
     for n in range(images):
         for g in range(groups):

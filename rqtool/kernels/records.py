@@ -1,4 +1,5 @@
-"""An ADC as the kernels read it: one record of numbers for each group, tile and column, in the form that is fastest for it."""
+"""An ADC as the kernels read it: one record of numbers for each group, tile and column, in the form
+that is fastest for it."""
 
 from __future__ import annotations
 
@@ -7,15 +8,29 @@ from dataclasses import dataclass
 import numpy as np
 
 from rqtool.kernels.spec import ReadSpec, Tables
-from rqtool.kernels.strips import ADC, ADC16, BUCKETS, BUCKETS16, FREE_BITS, HARD, LEVELS16, NOISY, TABLE
+from rqtool.kernels.strips import (
+    ADC,
+    ADC16,
+    BUCKETS,
+    BUCKETS16,
+    FREE_BITS,
+    HARD,
+    LEVELS16,
+    NOISY,
+    TABLE,
+)
 
 MOST15 = 32767
 SHIFT16 = 15  # of the 16-bit form
 FREE_FORM = 2  # of strips.read16, where forms for free levels begin
-BUCKET_MULTS = np.unique((32767 / np.geomspace(1, 4096, 160)).astype(np.int64))  # of the coarse ADCs that are tried, wide codes first
+BUCKET_MULTS = np.unique(
+    (32767 / np.geomspace(1, 4096, 160)).astype(np.int64)
+)  # of the coarse ADCs that are tried, wide codes first
 
 
-def adc_records(spec: ReadSpec, table: str, padded: int) -> tuple[int, np.ndarray, np.ndarray | None]:
+def adc_records(
+    spec: ReadSpec, table: str, padded: int
+) -> tuple[int, np.ndarray, np.ndarray | None]:
     """(kind, ADC records [groups, T, padded], the array whose addresses they hold)."""
     g, tables = spec.geometry, spec.tables
     records = np.zeros((g.groups, len(spec.tiles), padded), ADC)
@@ -30,7 +45,13 @@ def adc_records(spec: ReadSpec, table: str, padded: int) -> tuple[int, np.ndarra
         part["table"] += 4 * chosen.shape[1] * spread(tables.row)
     if spec.noise is not None:
         part["key"] = spread(_keys(spec))
-    kind = NOISY if spec.noise is not None and not (table == "value" and chosen is not None) else HARD if chosen is None else TABLE
+    kind = (
+        NOISY
+        if spec.noise is not None and not (table == "value" and chosen is not None)
+        else HARD
+        if chosen is None
+        else TABLE
+    )
     return kind, records, chosen
 
 
@@ -45,7 +66,8 @@ def _keys(spec: ReadSpec) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sixteen:
-    """A call in 16 bits. adcs: records [groups, 1 or T, padded columns]; form: of strips.read16; period: tiles whose values add up in 16 bits."""
+    """A call in 16 bits. adcs: records [groups, 1 or T, padded columns]; form: of strips.read16;
+    period: tiles whose values add up in 16 bits."""
 
     adcs: np.ndarray
     form: int
@@ -56,22 +78,33 @@ def sixteen(spec: ReadSpec, padded: int) -> Sixteen | None:
     """None where 16 bits are too few for a multiplier, a partial sum or a value."""
     if spec.p_peak >= MOST15 or spec.noise is not None:
         return None
-    return _uniform16(spec, padded) if spec.tables is None else _free16(spec, padded) if spec.tables.value is not None else None
+    return (
+        _uniform16(spec, padded)
+        if spec.tables is None
+        else _free16(spec, padded)
+        if spec.tables.value is not None
+        else None
+    )
 
 
 def _uniform16(spec: ReadSpec, padded: int) -> Sixteen | None:
     g, mult = spec.geometry, spec.rate.astype(np.float64) * 2.0**SHIFT16
-    most = float(np.max(np.maximum(np.abs(spec.lo), np.abs(spec.hi)) * np.abs(spec.gain), initial=1))
+    most = float(
+        np.max(np.maximum(np.abs(spec.lo), np.abs(spec.hi)) * np.abs(spec.gain), initial=1)
+    )
     if most > MOST15 or not np.array_equal(mult, np.floor(mult)) or mult.max() > MOST15:
         return None
     records = np.zeros((g.groups, len(spec.tiles), padded), ADC16)
     for name, a in (("mult", mult), ("lo", spec.lo), ("hi", spec.hi), ("gain", spec.gain)):
-        records[:, :, : g.group_columns][name] = a.reshape(len(spec.tiles), g.groups, -1).transpose(1, 0, 2)
+        records[:, :, : g.group_columns][name] = a.reshape(len(spec.tiles), g.groups, -1).transpose(
+            1, 0, 2
+        )
     return Sixteen(records, int(np.any(spec.gain != 1)), int(MOST15 // most))
 
 
 def _free16(spec: ReadSpec, padded: int) -> Sixteen | None:
-    """For tables of whole numbers with few steps; found from the tables themselves. Tiles that all use the same ones share their records."""
+    """For tables of whole numbers with few steps; found from the tables themselves. Tiles that all
+    use the same ones share their records."""
     g, found, row = spec.geometry, levels16(spec.tables), spec.tables.row
     if not found or np.any(spec.gain != 1):
         return None
@@ -79,12 +112,14 @@ def _free16(spec: ReadSpec, padded: int) -> Sixteen | None:
     row = row[:1] if np.all(row == row[:1]) else row
     records = np.zeros((g.groups, len(row), padded), rows.dtype)
     records[:, :, : g.group_columns] = rows[row.reshape(len(row), g.groups, -1).transpose(1, 0, 2)]
-    return Sixteen(records, FREE_FORM + form, MOST15 // max(1, int(np.abs(spec.tables.value).max())))
+    return Sixteen(
+        records, FREE_FORM + form, MOST15 // max(1, int(np.abs(spec.tables.value).max()))
+    )
 
 
 def levels16(tables: Tables) -> list[tuple[int, np.ndarray]]:
-    """(number in strips.FREE16, its records [rows]) for each form, the fastest first, that all rows of a value table may take; none where
-    one has too many steps or values beyond 16 bits."""
+    """(number in strips.FREE16, its records [rows]) for each form, the fastest first, that all rows
+    of a value table may take; none where one has too many steps or values beyond 16 bits."""
     if np.any(tables.value != np.floor(tables.value)) or np.abs(tables.value).max() > MOST15:
         return []
     rows = [_steps(value, tables.p_min) for value in tables.value]
@@ -93,7 +128,10 @@ def levels16(tables: Tables) -> list[tuple[int, np.ndarray]]:
         return []
     halvings = next(n for n, bits in enumerate(FREE_BITS, 1) if most <= 1 << bits)
     bucketed = _bucketed(rows)
-    return [*([] if bucketed is None else [(0, bucketed)]), (halvings, np.concatenate([_halved(*row) for row in rows]))]
+    return [
+        *([] if bucketed is None else [(0, bucketed)]),
+        (halvings, np.concatenate([_halved(*row) for row in rows])),
+    ]
 
 
 def _steps(value: np.ndarray, p_min: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +141,8 @@ def _steps(value: np.ndarray, p_min: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _halved(thresholds: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """A LEVELS16 record [1] of thresholds [n] and levels [n + 1], for any number of halvings that is enough for them."""
+    """A LEVELS16 record [1] of thresholds [n] and levels [n + 1], for any number of halvings that
+    is enough for them."""
     record = np.zeros(1, LEVELS16)
     record["thresholds"] = MOST15  # larger than any partial sum
     record["thresholds"][0, 1 : len(levels)] = thresholds
@@ -112,8 +151,12 @@ def _halved(thresholds: np.ndarray, levels: np.ndarray) -> np.ndarray:
 
 
 def _bucketed(rows: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray | None:
-    """BUCKETS16 records [rows] of (thresholds, levels), those of equally many thresholds at once; None where a row has none."""
-    counts, records = np.array([len(thresholds) for thresholds, _ in rows]), np.zeros(len(rows), BUCKETS16)
+    """BUCKETS16 records [rows] of (thresholds, levels), those of equally many thresholds at once;
+    None where a row has none."""
+    counts, records = (
+        np.array([len(thresholds) for thresholds, _ in rows]),
+        np.zeros(len(rows), BUCKETS16),
+    )
     for count in np.unique(counts):
         which = np.flatnonzero(counts == count)
         found = _buckets(*(np.stack(part) for part in zip(*(rows[n] for n in which))))
@@ -124,12 +167,17 @@ def _bucketed(rows: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray | None:
 
 
 def _buckets(thresholds: np.ndarray, levels: np.ndarray) -> np.ndarray | None:
-    """BUCKETS16 records [R]: for each row a uniform ADC of 32 codes, none of which has two of the thresholds [R, n] within; None where a row
-    has none. Its lowest code holds the first threshold and all below, so that the others reach as far up as they can."""
+    """BUCKETS16 records [R]: for each row a uniform ADC of 32 codes, none of which has two of the
+    thresholds [R, n] within; None where a row has none. Its lowest code holds the first threshold
+    and all below, so that the others reach as far up as they can."""
     mult, rows, count = BUCKET_MULTS[:, None, None], np.arange(len(thresholds)), thresholds.shape[1]
     code = lambda p: (p * mult + (1 << SHIFT16 - 1)) >> SHIFT16  # noqa: E731
     below, at = code(thresholds - 1), code(thresholds)  # [mults, R, n]
-    lo = at[:, :, min(1, count - 1), None] - 1 if count else np.zeros((len(mult), len(rows), 1), np.int64)
+    lo = (
+        at[:, :, min(1, count - 1), None] - 1
+        if count
+        else np.zeros((len(mult), len(rows), 1), np.int64)
+    )
     below, at = (np.clip(bucket, lo, lo + BUCKETS - 1) for bucket in (below, at))
     inside = below == at  # not at the beginning of a bucket
     crowded = (inside[:, :, :-1] & (at[:, :, :-1] == at[:, :, 1:])).any(2)
@@ -141,7 +189,14 @@ def _buckets(thresholds: np.ndarray, levels: np.ndarray) -> np.ndarray | None:
     first = (at <= buckets[:, :, None]).sum(2) - held  # the code of a bucket's first partial sum
     records = np.zeros(len(rows), BUCKETS16)
     records["mult"], records["lo"], records["hi"] = BUCKET_MULTS[n], buckets[:, 0], buckets[:, -1]
-    entries = {"threshold": (np.pad(thresholds, ((0, 0), (0, 1)), constant_values=MOST15), np.where(held, first, count)), "below": (levels, first), "above": (levels, first + held)}
+    entries = {
+        "threshold": (
+            np.pad(thresholds, ((0, 0), (0, 1)), constant_values=MOST15),
+            np.where(held, first, count),
+        ),
+        "below": (levels, first),
+        "above": (levels, first + held),
+    }
     for name, (table, index) in entries.items():
         np.put_along_axis(records[name], buckets % BUCKETS, np.take_along_axis(table, index, 1), 1)
     return records

@@ -1,8 +1,10 @@
-"""Sixteen lanes at a time: what kernels/cpu.py needs of LLVM, as numba intrinsics written in Python.
+"""Sixteen lanes at a time: what kernels/cpu.py needs of LLVM, as numba intrinsics written in
+Python.
 
-An emitted function is called from compiled numba code with plain numbers, most of them addresses in bytes. Its body runs once, when it is
-compiled: Python loops are unrolled, `Emitter.times` is a loop of the machine. Vectors have 16 lanes of 32 bits (or 32 of 16) on every
-processor; LLVM splits them where registers are narrower. Only `dot8` needs instructions of its own.
+An emitted function is called from compiled numba code with plain numbers, most of them addresses in
+bytes. Its body runs once, when it is compiled: Python loops are unrolled, `Emitter.times` is a loop
+of the machine. Vectors have 16 lanes of 32 bits (or 32 of 16) on every processor; LLVM splits them
+where registers are narrower. Only `dot8` needs instructions of its own.
 """
 
 from __future__ import annotations
@@ -19,14 +21,23 @@ from numba.extending import intrinsic
 
 LANES = 16
 BYTES = 64  # of a vector
-F32, I64, I32, I16, I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
+F32, I64, I32, I16, I8 = (
+    ir.FloatType(),
+    ir.IntType(64),
+    ir.IntType(32),
+    ir.IntType(16),
+    ir.IntType(8),
+)
 F32S, I32S = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 DOT8_FEATURES = ("avx512vnni", "avx512bw")
 
 
 def has_dot8() -> bool:
-    """Whether numba compiles for a processor that multiplies and adds four bytes at once on 512-bit vectors (x86 AVX512-VNNI)."""
-    if config.CPU_NAME or config.CPU_FEATURES is not None:  # somebody asked numba for another processor than this one
+    """Whether numba compiles for a processor that multiplies and adds four bytes at once on 512-bit
+    vectors (x86 AVX512-VNNI)."""
+    if (
+        config.CPU_NAME or config.CPU_FEATURES is not None
+    ):  # somebody asked numba for another processor than this one
         return False
     features = get_host_cpu_features()
     return all(features.get(name, False) for name in DOT8_FEATURES)
@@ -36,19 +47,24 @@ DOT8 = has_dot8()
 
 
 class Emitter:
-    """Writes LLVM at the place where an emitted function is called. Addresses are i64 values, in bytes."""
+    """Writes LLVM at the place where an emitted function is called. Addresses are i64 values, in
+    bytes."""
 
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.b = builder
 
-    # -- addresses and memory ----------------------------------------------------------------------------------------
+    # -- addresses and memory ----------------------------------------------------------------------
     def whole(self, n: int | ir.Value) -> ir.Value:
         return I64(n) if isinstance(n, int) else n
 
     def at(self, base: ir.Value, *terms: int | ir.Value | tuple) -> ir.Value:
         """base + sum of the terms; a tuple is the product of two numbers."""
         for term in terms:
-            offset = self.b.mul(self.whole(term[0]), self.whole(term[1])) if isinstance(term, tuple) else self.whole(term)
+            offset = (
+                self.b.mul(self.whole(term[0]), self.whole(term[1]))
+                if isinstance(term, tuple)
+                else self.whole(term)
+            )
             base = self.b.add(base, offset)
         return base
 
@@ -86,7 +102,7 @@ class Emitter:
         with cgutils.for_range(self.b, self.whole(count)) as loop:
             yield loop.index
 
-    # -- vectors -----------------------------------------------------------------------------------------------------
+    # -- vectors -----------------------------------------------------------------------------------
     def constant(self, kind: ir.Type, value: float, lanes: int = LANES) -> ir.Constant:
         return ir.Constant(ir.VectorType(kind, lanes), [value] * lanes)
 
@@ -121,10 +137,20 @@ class Emitter:
 
     def gather(self, base: ir.Value, index: ir.Value) -> ir.Value:
         """float32 lanes memory[base + 4 * index], index int32."""
-        wide = self.b.add(self.splat(base), self.b.shl(self.b.sext(index, ir.VectorType(I64, LANES)), self.constant(I64, 2)))
+        wide = self.b.add(
+            self.splat(base),
+            self.b.shl(self.b.sext(index, ir.VectorType(I64, LANES)), self.constant(I64, 2)),
+        )
         pointers = self.b.inttoptr(wide, ir.VectorType(F32.as_pointer(), LANES))
         everywhere, nothing = self.constant(ir.IntType(1), 1), self.constant(F32, 0.0)
-        return self.call("llvm.masked.gather.v16f32.v16p0", pointers, I32(4), everywhere, nothing, result=nothing.type)
+        return self.call(
+            "llvm.masked.gather.v16f32.v16p0",
+            pointers,
+            I32(4),
+            everywhere,
+            nothing,
+            result=nothing.type,
+        )
 
     def numbers(self) -> ir.Constant:
         """int32 0 .. 15."""
@@ -132,13 +158,28 @@ class Emitter:
 
     def masked_load(self, address: ir.Value, mask: ir.Value) -> ir.Value:
         """float32 lanes, 0 where the mask is."""
-        return self.call("llvm.masked.load.v16f32.p0", self.b.inttoptr(address, F32S.as_pointer()), I32(4), mask, self.constant(F32, 0.0), result=F32S)
+        return self.call(
+            "llvm.masked.load.v16f32.p0",
+            self.b.inttoptr(address, F32S.as_pointer()),
+            I32(4),
+            mask,
+            self.constant(F32, 0.0),
+            result=F32S,
+        )
 
     def masked_store(self, value: ir.Value, address: ir.Value, mask: ir.Value) -> None:
-        self.call("llvm.masked.store.v16f32.p0", value, self.b.inttoptr(address, F32S.as_pointer()), I32(4), mask, result=ir.VoidType())
+        self.call(
+            "llvm.masked.store.v16f32.p0",
+            value,
+            self.b.inttoptr(address, F32S.as_pointer()),
+            I32(4),
+            mask,
+            result=ir.VoidType(),
+        )
 
     def sum_lanes(self, vectors: list[ir.Value]) -> ir.Value:
-        """One vector whose lane n is the sum over all lanes of vectors[n] (at most 16), always added in the same order."""
+        """One vector whose lane n is the sum over all lanes of vectors[n] (at most 16), always
+        added in the same order."""
         width, parts = LANES, [*vectors, *[None] * (LANES - len(vectors))]
         while width > 1:
             width //= 2
@@ -153,13 +194,18 @@ class Emitter:
         b = a if b is None else b
         return self.b.fadd(self.shuffle(a, b, low), self.shuffle(a, b, [n + width for n in low]))
 
-    # -- 8-bit dot products --------------------------------------------------------------------------------------------
+    # -- 8-bit dot products ------------------------------------------------------------------------
     def dot8(self, total: ir.Value, x: ir.Value, w: ir.Value) -> ir.Value:
         """total + sum over the four bytes of each lane of x (unsigned) * w (signed); all int32."""
         if not DOT8:
             return total  # never called: kernels/cpu.py asks has_dot8 first
         as_bytes = ir.VectorType(I8, BYTES)
-        return self.call("llvm.x86.avx512.vpdpbusd.512", total, self.b.bitcast(x, as_bytes), self.b.bitcast(w, as_bytes))
+        return self.call(
+            "llvm.x86.avx512.vpdpbusd.512",
+            total,
+            self.b.bitcast(x, as_bytes),
+            self.b.bitcast(w, as_bytes),
+        )
 
     def pack16(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """Two int32 vectors as 32 lanes of 16 bits, saturated; see PACKED for their order."""
@@ -176,11 +222,14 @@ class Emitter:
         return self.call("llvm.x86.avx512.permvar.hi.512", table, index) if DOT8 else table
 
 
-PACKED = [16 * (n // 4 % 2) + 4 * (n // 8) + n % 4 for n in range(32)]  # which of a, b's 32 lanes is in lane n of pack16
+PACKED = [
+    16 * (n // 4 % 2) + 4 * (n // 8) + n % 4 for n in range(32)
+]  # which of a, b's 32 lanes is in lane n of pack16
 
 
 def emitted(body: Callable) -> Callable:
-    """A body (emitter, *values) as a function that numba code can call with whole numbers; it returns nothing."""
+    """A body (emitter, *values) as a function that numba code can call with whole numbers; it
+    returns nothing."""
     names = ["typingctx", *list(inspect.signature(body).parameters)[1:]]
     signature = types.void(*(types.int64,) * (len(names) - 1))
 
@@ -191,7 +240,9 @@ def emitted(body: Callable) -> Callable:
     def typer(typingctx, *given):
         return signature, codegen
 
-    typer.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])
+    typer.__signature__ = inspect.Signature(
+        [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    )
     typer.__name__, typer.__doc__, typer.__module__ = body.__name__, body.__doc__, body.__module__
     return intrinsic(typer)
 
@@ -213,5 +264,9 @@ def one_of(bodies: Sequence[Callable]) -> Callable:
     form = inspect.Parameter("form", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     emitter, *others = first.parameters.values()
     pick.__signature__ = first.replace(parameters=[emitter, form, *others])
-    pick.__name__, pick.__doc__, pick.__module__ = bodies[0].__name__, bodies[0].__doc__, bodies[0].__module__
+    pick.__name__, pick.__doc__, pick.__module__ = (
+        bodies[0].__name__,
+        bodies[0].__doc__,
+        bodies[0].__module__,
+    )
     return pick

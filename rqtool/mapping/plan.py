@@ -1,8 +1,9 @@
-"""Plans: which rows meet in a read, and what that costs. The only room that divides rows by wordlines.
+"""Plans: which rows meet in a read, and what that costs. The only room that divides rows by
+wordlines.
 
-    rows of a group   0 1 2 ... K-1        in order (channel, ky, kx)
-    tiles             [0..8] [9..17] ...   at most `wl` rows each, never across a convolution group
-    reads             tiles x columns x input planes x weight planes, per output position
+rows of a group   0 1 2 ... K-1        in order (channel, ky, kx)
+tiles             [0..8] [9..17] ...   at most `wl` rows each, never across a convolution group
+reads             tiles x columns x input planes x weight planes, per output position
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ FREE_LEVEL_PEAK = 32767  # free levels are 16-bit integers
 class Geometry:
     """The shape of a layer, always as a 2-d convolution: conv1d has height 1, linear a 1x1 kernel.
 
-    channels: input channels C; columns: output channels O; the other pairs are (vertical, horizontal).
+    channels: input channels C; columns: output channels O; the other pairs are (vertical,
+    horizontal).
     """
 
     channels: int
@@ -67,8 +69,9 @@ class Geometry:
 class Plan:
     """The reads of one layer on one macro.
 
-    tiles: (start, stop) places of each tile of a group; every group has the same ones. order: the row at each place, where calibration
-    chose (`--pack spread`); None: rows in order, the place is the row.
+    tiles: (start, stop) places of each tile of a group; every group has the same ones. order: the
+    row at each place, where calibration chose (`--pack spread`); None: rows in order, the place is
+    the row.
 
     >>> plan = Plan.make("conv", Geometry(64, 64, (3, 3), padding=(1, 1)), Macro(wl=128))
     >>> plan.tiles[:2], len(plan.tiles), plan.reads_per_mac
@@ -84,11 +87,24 @@ class Plan:
     order: tuple[int, ...] | None = None
 
     @staticmethod
-    def make(name: str, geometry: Geometry, macro: Macro, order: tuple[int, ...] | None = None) -> Plan:
+    def make(
+        name: str, geometry: Geometry, macro: Macro, order: tuple[int, ...] | None = None
+    ) -> Plan:
         """The plan of a layer; raises ConfigError where the macro cannot hold it."""
-        plan = Plan(name, geometry, macro, _tiles(name, geometry, macro), input_planes(macro), weight_planes(macro), order)
+        plan = Plan(
+            name,
+            geometry,
+            macro,
+            _tiles(name, geometry, macro),
+            input_planes(macro),
+            weight_planes(macro),
+            order,
+        )
         if plan.acc_bound >= 1 << 31:
-            raise ConfigError(f"{name}: the accumulator can reach {plan.acc_bound}, beyond 32 bits; lower --in-bits, --w-bits or --adc-bits")
+            raise ConfigError(
+                f"{name}: the accumulator can reach {plan.acc_bound}, beyond 32 "
+                "bits; lower --in-bits, --w-bits or --adc-bits"
+            )
         return plan
 
     def rows_of(self, tile: int) -> tuple[int, ...]:
@@ -96,7 +112,7 @@ class Plan:
         places = range(*self.tiles[tile])
         return tuple(places if self.order is None else (self.order[k] for k in places))
 
-    # -- bounds ------------------------------------------------------------------------------------------------------
+    # -- bounds ------------------------------------------------------------------------------------
     def p_bounds(self, i: int, j: int) -> tuple[int, int]:
         """The smallest and largest partial sum of input plane i and weight plane j, over `wl` rows."""
         weight = self.weight_planes[j]
@@ -106,7 +122,8 @@ class Plan:
 
     @property
     def value_peak(self) -> int:
-        """The largest magnitude one read can add to an accumulator, before the factors of its planes."""
+        """The largest magnitude one read can add to an accumulator, before the factors of its
+        planes."""
         if self.macro.ideal:
             return self.macro.p_max
         if self.macro.levels == "free":
@@ -116,10 +133,12 @@ class Plan:
     @cached_property
     def acc_bound(self) -> int:
         """A proven bound of |acc|: tiles x the factors of the planes x the largest value of a read."""
-        factors = sum(abs(i.factor * j.factor) for i in self.input_planes for j in self.weight_planes)
+        factors = sum(
+            abs(i.factor * j.factor) for i in self.input_planes for j in self.weight_planes
+        )
         return len(self.tiles) * factors * self.value_peak
 
-    # -- cost --------------------------------------------------------------------------------------------------------
+    # -- cost --------------------------------------------------------------------------------------
     @property
     def tile_count(self) -> int:
         """Tiles of all groups."""
@@ -128,7 +147,12 @@ class Plan:
     @property
     def reads_per_position(self) -> int:
         """ADC conversions for one output position, over all columns and planes."""
-        return len(self.tiles) * self.geometry.columns * len(self.input_planes) * len(self.weight_planes)
+        return (
+            len(self.tiles)
+            * self.geometry.columns
+            * len(self.input_planes)
+            * len(self.weight_planes)
+        )
 
     @property
     def macs_per_position(self) -> int:
@@ -141,7 +165,8 @@ class Plan:
 
     @property
     def cycles_per_position(self) -> int:
-        """Macro cycles for one output position: `io` columns (of every weight plane) are read at once."""
+        """Macro cycles for one output position: `io` columns (of every weight plane) are read at
+        once."""
         columns = self.geometry.group_columns * len(self.weight_planes)
         return self.tile_count * len(self.input_planes) * -(-columns // self.macro.io)
 
@@ -162,7 +187,8 @@ def _tiles(name: str, geometry: Geometry, macro: Macro) -> tuple[tuple[int, int]
     size = macro.wl if macro.pack != "kernels" else macro.wl // kernel_rows * kernel_rows
     if size == 0:
         raise ConfigError(
-            f"{name}: --pack kernels needs a whole kernel of {kernel_rows} rows in a read, but only {macro.wl} wordlines are on; "
+            f"{name}: --pack kernels needs a whole kernel of {kernel_rows} rows "
+            f"in a read, but only {macro.wl} wordlines are on; "
             f"use --pack rows or --wl {kernel_rows}"
         )
     return tuple((k, min(k + size, geometry.rows)) for k in range(0, geometry.rows, size))

@@ -2,8 +2,8 @@
 
     w = sum_j b_j * W_j - offset        x = sum_i a_i * X_i
 
-Sign schemes, bit slices of `cell_bits` and bit-serial steps of `dac_bits` are all the same thing here: data in these
-two sums. The lines work on Python ints, numpy arrays and torch integer tensors.
+Sign schemes, bit slices of `cell_bits` and bit-serial steps of `dac_bits` are all the same thing
+here: data in these two sums. The lines work on Python ints, numpy arrays and torch integer tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from rqtool.hardware.macro import Macro
 class Plane:
     """One part of a number: `factor` times the `bits` bits above `shift` of what `part` selects.
 
-    part: "all" (signed magnitude, or an unsigned input), "positive", "negative" (one polarity), "offset" (w + 2**(w_bits-1)).
+    part: "all" (signed magnitude, or an unsigned input), "positive", "negative" (one polarity),
+    "offset" (w + 2**(w_bits-1)).
     """
 
     factor: int
@@ -48,9 +49,17 @@ def weight_planes(macro: Macro) -> tuple[Plane, ...]:
     >>> [p.factor for p in weight_planes(Macro(sign_scheme="split", cell_bits=2))]
     [1, 4, -1, -4]
     """
-    parts = {"signed": [(1, "all")], "split": [(1, "positive"), (-1, "negative")], "offset": [(1, "offset")]}[macro.sign_scheme]
+    parts = {
+        "signed": [(1, "all")],
+        "split": [(1, "positive"), (-1, "negative")],
+        "offset": [(1, "offset")],
+    }[macro.sign_scheme]
     cut = slices(macro.magnitude_bits, macro.cell_bits)
-    return tuple(Plane(sign << s, part, s, bits, macro.weight_offset) for sign, part in parts for s, bits in cut)
+    return tuple(
+        Plane(sign << s, part, s, bits, macro.weight_offset)
+        for sign, part in parts
+        for s, bits in cut
+    )
 
 
 def input_planes(macro: Macro) -> tuple[Plane, ...]:
@@ -63,9 +72,11 @@ def input_planes(macro: Macro) -> tuple[Plane, ...]:
 
 
 def extract(q: Any, plane: Plane) -> Any:
-    """The integer matrix of one plane, in the type and shape of `q` (weights -Qw..Qw or input codes 0..Qx).
+    """The integer matrix of one plane, in the type and shape of `q` (weights -Qw..Qw or input codes
+    0..Qx).
 
-    q: any integer type that holds its values plus `plane.offset` (for 8-bit weights with an offset: int16 or wider).
+    q: any integer type that holds its values plus `plane.offset` (for 8-bit weights with an offset:
+    int16 or wider).
 
     >>> [extract(-6, p) for p in weight_planes(Macro(cell_bits=1))]
     [0, -1, -1]

@@ -1,1 +1,2 @@
-"""Model files and data files in: networks with float weights, images with labels. Nothing in a file is executed."""
+"""Model files and data files in: networks with float weights, images with labels. Nothing in a file
+is executed."""

@@ -1,7 +1,9 @@
-"""The audit: every multiply-accumulate with a weight, counted while the model runs, must be in a layer that the macro holds.
+"""The audit: every multiply-accumulate with a weight, counted while the model runs, must be in a
+layer that the macro holds.
 
-A matrix product bears weight when one of its operands comes from parameters alone. Counting what the torch dispatcher sees
-catches what a look at modules misses: functional calls, attention projections, tied and computed weights.
+A matrix product bears weight when one of its operands comes from parameters alone. Counting what
+the torch dispatcher sees catches what a look at modules misses: functional calls, attention
+projections, tied and computed weights.
 """
 
 from __future__ import annotations
@@ -32,19 +34,32 @@ def _convolution(args: tuple, out: torch.Tensor) -> int:
     return (x if transposed else out).numel() * prod(weight.shape[1:])
 
 
-PRODUCTS = {"aten.mm": _matmul, "aten.bmm": _matmul, "aten.addmm": _matmul, "aten.baddbmm": _matmul, "aten.mv": _vector, "aten.convolution": _convolution}
+PRODUCTS = {
+    "aten.mm": _matmul,
+    "aten.bmm": _matmul,
+    "aten.addmm": _matmul,
+    "aten.baddbmm": _matmul,
+    "aten.mv": _vector,
+    "aten.convolution": _convolution,
+}
 
 
 class WeightMacs(TorchDispatchMode):
-    """Counts weight-bearing multiply-accumulates of everything that runs inside; `total` at the end."""
+    """Counts weight-bearing multiply-accumulates of everything that runs inside; `total` at the
+    end."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.total = 0
-        self.kept = [*model.parameters(), *model.buffers()]  # ids stay valid while we hold the tensors
+        self.kept = [
+            *model.parameters(),
+            *model.buffers(),
+        ]  # ids stay valid while we hold the tensors
         self.weights = {id(t) for t in self.kept}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         bearing = [id(t) in self.weights for t in tensors]
@@ -83,6 +98,7 @@ def check(model: nn.Module, network: nn.Module, input_shape: tuple[int, ...]) ->
     total, covered = weight_macs(model, input_shape), sum(layer_macs(network.graph).values())
     if total != covered:
         raise CoverageError(
-            f"{covered:,} of the model's {total:,} weight-bearing multiply-accumulates are in layers that a macro can hold; "
+            f"{covered:,} of the model's {total:,} weight-bearing "
+            "multiply-accumulates are in layers that a macro can hold; "
             "the rest would stay outside silently, so write them as convolutions or linear layers"
         )

@@ -1,4 +1,5 @@
-"""Folders of class folders of images: which files are read, how large the images become, and what is left."""
+"""Folders of class folders of images: which files are read, how large the images become, and what
+is left."""
 
 from __future__ import annotations
 
@@ -19,28 +20,39 @@ Read = tuple[Path, np.ndarray]  # a file and its pixels
 
 @dataclass(frozen=True)
 class Sizing:
-    """How images of many sizes become one. resize: the length of the shorter side afterwards (bilinear); crop: then the side of the
-    square that is kept from the middle; None leaves a step out."""
+    """How images of many sizes become one. resize: the length of the shorter side afterwards
+    (bilinear); crop: then the side of the square that is kept from the middle; None leaves a step
+    out."""
 
     resize: int | None = None
     crop: int | None = None
 
 
-def read_class_folders(path: Path, where: str, kinds: str, sizing: Sizing) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
+def read_class_folders(
+    path: Path, where: str, kinds: str, sizing: Sizing
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
     """({part: (uint8 [N, C, H, W], labels int64 [N])}, what was not read, a sentence each).
 
-    Classes are numbered in the order of their names. All grey images: one channel; otherwise all become RGB. kinds: what else could be
-    given, for the sentence where there are no images.
+    Classes are numbered in the order of their names. All grey images: one channel; otherwise all
+    become RGB. kinds: what else could be given, for the sentence where there are no images.
     """
     parts, notes = _parts(path, where)
     names = {part: [p.name for p in _folders(folder)] for part, folder in parts.items()}
     _check_classes(names, where)
-    files = {part: [(f, y) for y, n in enumerate(names[part]) for f in _images(folder / n)] for part, folder in parts.items()}
+    files = {
+        part: [(f, y) for y, n in enumerate(names[part]) for f in _images(folder / n)]
+        for part, folder in parts.items()
+    }
     for part, found in files.items():
         if not found:
-            raise InputError(f"{escaped(parts[part])}: has no class folders with images ({', '.join(SUFFIXES)}); give {kinds}")
+            raise InputError(
+                f"{escaped(parts[part])}: has no class folders with images "
+                f"({', '.join(SUFFIXES)}); give {kinds}"
+            )
     notes += [sentence for folder in parts.values() for sentence in _left(folder)]
-    return _stack({part: [(read_image(f, sizing), y) for f, y in found] for part, found in files.items()}), notes
+    return _stack(
+        {part: [(read_image(f, sizing), y) for f, y in found] for part, found in files.items()}
+    ), notes
 
 
 def _folders(path: Path) -> list[Path]:
@@ -48,8 +60,9 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _parts(path: Path, where: str) -> tuple[dict[str, Path], list[str]]:
-    """({part: its folder}, a sentence where other folders are left). A folder named like a validation part may be a class (valid and
-    invalid): it is a part beside train and test, or among parts only."""
+    """({part: its folder}, a sentence where other folders are left). A folder named like a
+    validation part may be a class (valid and invalid): it is a part beside train and test, or among
+    parts only."""
     folders = {p: FOLDER_PARTS.get(p.name.lower()) for p in _folders(path)}
     split = {"train", "test"} & set(folders.values()) or (folders and all(folders.values()))
     if not split:
@@ -67,7 +80,12 @@ def _unread(where: str, read: list[str], others: list[str]) -> list[str]:
     if not others:
         return []
     folders = "the folder" if len(others) == 1 else "the folders"
-    return [f"{where}: of its folders only {' and '.join(map(escaped, read))} {'is' if len(read) == 1 else 'are'} read, not {folders} {named(others)}; to measure on other images, name their folder test"]
+    return [
+        f"{where}: of its folders only {' and '.join(map(escaped, read))} "
+        f"{'is' if len(read) == 1 else 'are'} read, not {folders} "
+        f"{named(others)}; to measure on other images, name their folder "
+        "test"
+    ]
 
 
 def _check_classes(names: dict[str, list[str]], where: str) -> None:
@@ -75,10 +93,13 @@ def _check_classes(names: dict[str, list[str]], where: str) -> None:
     for part, classes in others:
         odd = sorted(set(one) ^ set(classes))
         if odd:
-            raise InputError(f"{where}: the class {escaped(odd[0])} is in only one of {first} and {part}; give both the same folders")
+            raise InputError(
+                f"{where}: the class {escaped(odd[0])} is in only one of {first} and "
+                f"{part}; give both the same folders"
+            )
 
 
-# -- files -----------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 def _inside(folder: Path) -> list[Path]:
     """All files of a class folder and of the folders in it; links to folders are not followed."""
     return sorted(p for p in folder.rglob("*") if p.is_file())
@@ -89,7 +110,9 @@ def _is_hidden(path: Path, folder: Path) -> bool:
 
 
 def _images(folder: Path) -> list[Path]:
-    return [p for p in _inside(folder) if p.suffix.lower() in SUFFIXES and not _is_hidden(p, folder)]
+    return [
+        p for p in _inside(folder) if p.suffix.lower() in SUFFIXES and not _is_hidden(p, folder)
+    ]
 
 
 def _left(part: Path) -> list[str]:
@@ -101,22 +124,59 @@ def _left(part: Path) -> list[str]:
     others = [p for p in inside if not _is_hidden(p, part) and p.suffix.lower() not in SUFFIXES]
     empty = [p for p in folders if not _images(p)]
     return [
-        *_left_kind(where, loose, "beside the class folders {is} not read", "put images into the folder of their class", part),
-        *_left_kind(where, others, f"in class folders {{is}} not read, being no image ({', '.join(SUFFIXES)})", "turn what should be read into one of these", part),
-        *_left_kind(where, hidden, "that begin{s} with a dot, or lie{s} in such a folder, {is} not read", "rename what should be read", part),
-        *_left_kind(where, empty, "without an image still {has} a number of {its} own", "remove what is no class", part, "class folder"),
+        *_left_kind(
+            where,
+            loose,
+            "beside the class folders {is} not read",
+            "put images into the folder of their class",
+            part,
+        ),
+        *_left_kind(
+            where,
+            others,
+            f"in class folders {{is}} not read, being no image ({', '.join(SUFFIXES)})",
+            "turn what should be read into one of these",
+            part,
+        ),
+        *_left_kind(
+            where,
+            hidden,
+            "that begin{s} with a dot, or lie{s} in such a folder, {is} not read",
+            "rename what should be read",
+            part,
+        ),
+        *_left_kind(
+            where,
+            empty,
+            "without an image still {has} a number of {its} own",
+            "remove what is no class",
+            part,
+            "class folder",
+        ),
     ]
 
 
-def _left_kind(where: str, paths: list[Path], what: str, way: str, part: Path, kind: str = "file") -> list[str]:
+def _left_kind(
+    where: str, paths: list[Path], what: str, way: str, part: Path, kind: str = "file"
+) -> list[str]:
     if not paths:
         return []
     one = len(paths) == 1
-    words = what.format(**({"is": "is", "has": "has", "its": "its", "s": "s"} if one else {"is": "are", "has": "have", "its": "their", "s": ""}))
-    return [f"{where}: {len(paths)} {kind}{'' if one else 's'} {words} ({named(str(p.relative_to(part)) for p in sorted(paths))}); {way}"]
+    words = what.format(
+        **(
+            {"is": "is", "has": "has", "its": "its", "s": "s"}
+            if one
+            else {"is": "are", "has": "have", "its": "their", "s": ""}
+        )
+    )
+    return [
+        f"{where}: {len(paths)} {kind}{'' if one else 's'} {words} "
+        f"({named(str(p.relative_to(part)) for p in sorted(paths))}); "
+        f"{way}"
+    ]
 
 
-# -- pixels ----------------------------------------------------------------------------------------------------------------
+# -- pixels ----------------------------------------------------------------------------------------
 def read_image(path: Path, sizing: Sizing = Sizing()) -> Read:
     """(path, uint8 [H, W] or [H, W, 3]); alpha is dropped."""
     from PIL import Image  # late: it is needed for image folders only
@@ -125,15 +185,28 @@ def read_image(path: Path, sizing: Sizing = Sizing()) -> Read:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return _opened(Image, path, sizing)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise InputError(f"{escaped(path)}: is not a readable image ({said(e)}); replace or remove it") from e
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as e:
+        raise InputError(
+            f"{escaped(path)}: is not a readable image ({said(e)}); replace or remove it"
+        ) from e
 
 
 def _opened(Image: object, path: Path, sizing: Sizing) -> Read:
     with Image.open(path) as image:
         if image.mode.startswith(("I", "F")):
-            raise InputError(f"{escaped(path)}: has pixels beyond 8 bits (mode {image.mode}); give 8-bit images or a .npz file")
-        return path, np.asarray(_sized(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"), path, sizing))
+            raise InputError(
+                f"{escaped(path)}: has pixels beyond 8 bits (mode {image.mode}); "
+                "give 8-bit images or a .npz file"
+            )
+        return path, np.asarray(
+            _sized(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"), path, sizing)
+        )
 
 
 def _sized(image: object, path: Path, sizing: Sizing) -> object:
@@ -147,7 +220,10 @@ def _sized(image: object, path: Path, sizing: Sizing) -> object:
         return image
     n = sizing.crop
     if min(width, height) < n:
-        raise InputError(f"{escaped(path)}: is {width}x{height} pixels, too small for --crop {n}; give --resize {n} as well, or more than that")
+        raise InputError(
+            f"{escaped(path)}: is {width}x{height} pixels, too small for --crop "
+            f"{n}; give --resize {n} as well, or more than that"
+        )
     left, top = round((width - n) / 2), round((height - n) / 2)
     return image.crop((left, top, left + n, top + n))
 
@@ -159,10 +235,14 @@ def _stack(parts: dict[str, list[tuple[Read, int]]]) -> dict[str, tuple[np.ndarr
     for path, a in images:
         if a.shape[:2] != model.shape[:2]:
             raise InputError(
-                f"{escaped(path)}: is {by(a.shape[1::-1])} pixels, but {escaped(first)} is {by(model.shape[1::-1])}; "
+                f"{escaped(path)}: is {by(a.shape[1::-1])} pixels, but "
+                f"{escaped(first)} is {by(model.shape[1::-1])}; "
                 "give images of one size, or --resize N and --crop N"
             )
-    return {part: (_planes(found, colour), np.array([y for _, y in found])) for part, found in parts.items()}
+    return {
+        part: (_planes(found, colour), np.array([y for _, y in found]))
+        for part, found in parts.items()
+    }
 
 
 def _planes(found: list[tuple[Read, int]], colour: bool) -> np.ndarray:

@@ -1,21 +1,22 @@
-"""A captured network as plain data: named nodes over per-sample shapes, comparable with == and printable.
+"""A captured network as plain data: named nodes over per-sample shapes, comparable with == and
+printable.
 
-    op          attributes                                          modules
-    conv        geometry (conv1d, conv2d and linear alike)          weight, bias
-    batch_norm  features, eps, momentum                             weight, bias, running mean and variance
-    relu        -
-    clamp       lo, hi                                              (relu6, hardtanh, clamp)
-    affine      mult, add: one number each                          (x + 1, 2 * x, x / 3, -x)
-    add         signs, one per input                                (residual connections)
-    maxpool     kernel, stride, padding, dilation                   padding as ((top, bottom), (left, right))
-    avgpool     kernel, stride, padding, include_pad
-    reshape     shape
-    permute     axes (0 is the first after batch)
-    concat      axis
-    pad         pads, one (before, behind) per axis
-    slice       axis, start, stop, step
-    dropout     p
-    tail        name (softmax, log_softmax): keeps the order of the classes, so the integer program ends before it
+op          attributes                                          modules
+conv        geometry (conv1d, conv2d and linear alike)          weight, bias
+batch_norm  features, eps, momentum                             weight, bias, running mean and variance
+relu        -
+clamp       lo, hi                                              (relu6, hardtanh, clamp)
+affine      mult, add: one number each                          (x + 1, 2 * x, x / 3, -x)
+add         signs, one per input                                (residual connections)
+maxpool     kernel, stride, padding, dilation                   padding as ((top, bottom), (left, right))
+avgpool     kernel, stride, padding, include_pad
+reshape     shape
+permute     axes (0 is the first after batch)
+concat      axis
+pad         pads, one (before, behind) per axis
+slice       axis, start, stop, step
+dropout     p
+tail        name (softmax, log_softmax): keeps the order of the classes, so the integer program ends before it
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Node:
-    """One operation; `module` names its parameters in the network, `shape` is its output for one sample."""
+    """One operation; `module` names its parameters in the network, `shape` is its output for one
+    sample."""
 
     name: str
     op: str
@@ -49,7 +51,11 @@ class Graph:
         return next(n for n in self.nodes if n.name == name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.input_shape if name == self.input else next(n.shape for n in self.nodes if n.name == name)
+        return (
+            self.input_shape
+            if name == self.input
+            else next(n.shape for n in self.nodes if n.name == name)
+        )
 
     def users(self, name: str) -> tuple[Node, ...]:
         return tuple(n for n in self.nodes if name in n.inputs)
@@ -59,10 +65,28 @@ class Graph:
         return tuple(n for n in self.nodes if n.op == "conv")
 
     def to_json(self) -> dict[str, Any]:
-        nodes = [{"name": n.name, "op": n.op, "inputs": list(n.inputs), "shape": list(n.shape), "attrs": n.attrs, "module": n.module} for n in self.nodes]
-        return {"input": self.input, "input_shape": list(self.input_shape), "output": self.output, "nodes": nodes}
+        nodes = [
+            {
+                "name": n.name,
+                "op": n.op,
+                "inputs": list(n.inputs),
+                "shape": list(n.shape),
+                "attrs": n.attrs,
+                "module": n.module,
+            }
+            for n in self.nodes
+        ]
+        return {
+            "input": self.input,
+            "input_shape": list(self.input_shape),
+            "output": self.output,
+            "nodes": nodes,
+        }
 
     @staticmethod
     def from_json(d: dict[str, Any]) -> Graph:
-        nodes = tuple(Node(n["name"], n["op"], tuple(n["inputs"]), tuple(n["shape"]), n["attrs"], n["module"]) for n in d["nodes"])
+        nodes = tuple(
+            Node(n["name"], n["op"], tuple(n["inputs"]), tuple(n["shape"]), n["attrs"], n["module"])
+            for n in d["nodes"]
+        )
         return Graph(d["input"], tuple(d["input_shape"]), d["output"], nodes)

@@ -1,4 +1,5 @@
-"""A graph with its parameters: a module that runs the nodes in order. Rewriting a layer for the macro is exchanging its module."""
+"""A graph with its parameters: a module that runs the nodes in order. Rewriting a layer for the
+macro is exchanging its module."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from rqtool.model.graph import Graph, Node
 
 
 def to_image(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """A layer's input as [N, C, H, W]: conv1d gets height 1, the features of a linear layer become channels of a 1x1 kernel."""
+    """A layer's input as [N, C, H, W]: conv1d gets height 1, the features of a linear layer become
+    channels of a 1x1 kernel."""
     if kind == "conv1d":
         return x.unsqueeze(2)
     return x.movedim(-1, 1).reshape(x.shape[0], x.shape[-1], -1, 1) if kind == "linear" else x
@@ -58,12 +60,20 @@ def flat_pads(pads: Iterable) -> list[int]:
 
 def _maxpool(node: Node, module: None, x: torch.Tensor) -> torch.Tensor:
     a = node.attrs
-    return F.max_pool2d(F.pad(x, flat_pads(a["padding"]), value=float("-inf")), a["kernel"], a["stride"], 0, a["dilation"])
+    return F.max_pool2d(
+        F.pad(x, flat_pads(a["padding"]), value=float("-inf")),
+        a["kernel"],
+        a["stride"],
+        0,
+        a["dilation"],
+    )
 
 
 def _avgpool(node: Node, module: None, x: torch.Tensor) -> torch.Tensor:
     a = node.attrs
-    return F.avg_pool2d(x, a["kernel"], a["stride"], a["padding"], count_include_pad=a["include_pad"])
+    return F.avg_pool2d(
+        x, a["kernel"], a["stride"], a["padding"], count_include_pad=a["include_pad"]
+    )
 
 
 def _slice(node: Node, module: None, x: torch.Tensor) -> torch.Tensor:
@@ -92,8 +102,12 @@ RUN: dict[str, Callable[..., torch.Tensor]] = {
     "concat": lambda node, module, *xs: torch.cat(xs, node.attrs["axis"] + 1),
     "pad": lambda node, module, x: F.pad(x, flat_pads(node.attrs["pads"])),
     "slice": _slice,
-    "dropout": lambda node, module, x: F.dropout(x, node.attrs["p"], module is not None and module.training),
-    "tail": lambda node, module, x: {"softmax": F.softmax, "log_softmax": F.log_softmax}[node.attrs["name"]](x, -1),
+    "dropout": lambda node, module, x: F.dropout(
+        x, node.attrs["p"], module is not None and module.training
+    ),
+    "tail": lambda node, module, x: {"softmax": F.softmax, "log_softmax": F.log_softmax}[
+        node.attrs["name"]
+    ](x, -1),
 }
 
 
@@ -124,10 +138,14 @@ class Network(nn.Module):
 
     def compute(self, node: Node, *xs: torch.Tensor) -> torch.Tensor:
         """The value of one node from its inputs."""
-        module = self.layer(node.module) if node.module else (self if node.op == "dropout" else None)
+        module = (
+            self.layer(node.module) if node.module else (self if node.op == "dropout" else None)
+        )
         return RUN[node.op](node, module, *xs)
 
-    def forward(self, x: torch.Tensor, watch: Callable[[str, torch.Tensor], None] | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, watch: Callable[[str, torch.Tensor], None] | None = None
+    ) -> torch.Tensor:
         """The output of the last node. watch(name, value) sees every value, the input too."""
         if watch:
             watch(self.graph.input, x)
@@ -141,8 +159,8 @@ class Network(nn.Module):
         return self.walk(x, compute)
 
     def walk(self, x: Any, compute: Callable[..., Any]) -> Any:
-        """The output's value, where compute(node, *values of its inputs) gives a node's and x is the input's; each value is kept until its
-        last use."""
+        """The output's value, where compute(node, *values of its inputs) gives a node's and x is
+        the input's; each value is kept until its last use."""
         values = {self.graph.input: x}
         for i, node in enumerate(self.graph.nodes):
             values[node.name] = compute(node, *(values[name] for name in node.inputs))

@@ -14,15 +14,33 @@ PARTS = {
 }  # fmt: skip
 FOLDER_PARTS = {word: part for word, part in PARTS.items() if len(word) > 2}
 VALIDATION = ("val", "valid", "validation", "dev")
-IMAGE_WORDS = ("images", "image", "imgs", "img", "x", "data", "pixels", "features", "inputs")  # of several, the first is read
+IMAGE_WORDS = (
+    "images",
+    "image",
+    "imgs",
+    "img",
+    "x",
+    "data",
+    "pixels",
+    "features",
+    "inputs",
+)  # of several, the first is read
 LABEL_WORDS = ("labels", "label", "y", "targets", "target")
 SHOWN = 8  # names in one sentence
 
 
 def _words() -> dict[str, tuple[str, str, int]]:
-    """{name without case and signs: (part, "images" or "labels", rank)}; a name without a part belongs to "unsplit"."""
-    roles = [("images", n, word) for n, word in enumerate(IMAGE_WORDS)] + [("labels", n, word) for n, word in enumerate(LABEL_WORDS)]
-    split = {name: (part, role, n) for role, n, word in roles for p, part in PARTS.items() for name in (p + word, word + p)}
+    """{name without case and signs: (part, "images" or "labels", rank)}; a name without a part
+    belongs to "unsplit"."""
+    roles = [("images", n, word) for n, word in enumerate(IMAGE_WORDS)] + [
+        ("labels", n, word) for n, word in enumerate(LABEL_WORDS)
+    ]
+    split = {
+        name: (part, role, n)
+        for role, n, word in roles
+        for p, part in PARTS.items()
+        for name in (p + word, word + p)
+    }
     return split | {word: ("unsplit", role, n) for role, n, word in roles}
 
 
@@ -40,11 +58,14 @@ def plain(name: str) -> str:
 def named(names: Iterable[str]) -> str:
     """Names for a sentence, the first few of many."""
     found = [escaped(n) for n in names]
-    return ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    return ", ".join(found[:SHOWN]) + (
+        f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    )
 
 
 def pairs(names: Iterable[str], where: str) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """({part: (array of images, array of labels)}, a sentence for what is not read) of arrays with these names.
+    """({part: (array of images, array of labels)}, a sentence for what is not read) of arrays with
+    these names.
 
     Raises InputError where no two of them are images and labels.
     """
@@ -53,17 +74,27 @@ def pairs(names: Iterable[str], where: str) -> tuple[dict[str, tuple[str, str]],
     found: dict[str, dict[str, list[str]]] = {}
     for name, (part, role, _) in sorted(known.items(), key=lambda item: item[1][2]):
         found.setdefault(part, {"images": [], "labels": []})[role].append(name)
-    whole = {part: (roles["images"][0], roles["labels"][0]) for part, roles in found.items() if roles["images"] and roles["labels"]}
+    whole = {
+        part: (roles["images"][0], roles["labels"][0])
+        for part, roles in found.items()
+        if roles["images"] and roles["labels"]
+    }
     if not whole:
         held = ", ".join(escaped(n) for n in names[:SHOWN]) or "nothing"
-        raise InputError(f"{where}: holds {held}; name the arrays x_train, y_train, x_test, y_test, or images, labels")
+        raise InputError(
+            f"{where}: holds {held}; name the arrays x_train, y_train, x_test, "
+            "y_test, or images, labels"
+        )
     kept = chosen(whole)
     read = {name for part in kept for name in whole[part]}
-    return {part: whole[part] for part in kept}, unread(where, [n for n in names if n not in read], kept)
+    return {part: whole[part] for part in kept}, unread(
+        where, [n for n in names if n not in read], kept
+    )
 
 
 def chosen(parts: Mapping[str, object]) -> list[str]:
-    """Which parts are read: train, and test or the first validation part; what is not divided only where there are no parts.
+    """Which parts are read: train, and test or the first validation part; what is not divided only
+    where there are no parts.
 
     >>> chosen({"dev": 0, "val": 0, "train": 0}), chosen({"unsplit": 0, "test": 0, "val": 0}), chosen({"unsplit": 0})
     (['train', 'val'], ['test'], ['unsplit'])
@@ -77,5 +108,12 @@ def unread(where: str, names: list[str], kept: list[str]) -> list[str]:
     """The sentence for arrays that are left, or none."""
     if not names:
         return []
-    read = "images and their labels are" if kept == ["unsplit"] else f"{' and '.join(kept)} {'is' if len(kept) == 1 else 'are'}"
-    return [f"{where}: only {read} read, not {named(names)}; to measure on other images, name them x_test and their labels y_test"]
+    read = (
+        "images and their labels are"
+        if kept == ["unsplit"]
+        else f"{' and '.join(kept)} {'is' if len(kept) == 1 else 'are'}"
+    )
+    return [
+        f"{where}: only {read} read, not {named(names)}; to measure on other "
+        "images, name them x_test and their labels y_test"
+    ]

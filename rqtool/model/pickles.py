@@ -1,4 +1,5 @@
-"""Reads pickles without running them: a small machine of its own, in which a name of a class or function is only a name.
+"""Reads pickles without running them: a small machine of its own, in which a name of a class or
+function is only a name.
 
     containers, numbers, text     as they are
     tensors                       views of the bytes in the file, made here from what the pickle says of them
@@ -15,7 +16,10 @@ import io
 import json
 import pickletools
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # what Python 2 called the modules that old pickles name
+from _compat_pickle import (  # what Python 2 called the modules that old pickles name
+    IMPORT_MAPPING,
+    NAME_MAPPING,
+)
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
@@ -34,8 +38,9 @@ class Refused(Exception):
 
 
 class Unknown:
-    """Stands for an object of a class (or what a function would return) that is not known here. `name`: of the class or function;
-    `args`: what it was made with; `state`: what it was given after that; `items`: its entries, where it is a kind of dictionary."""
+    """Stands for an object of a class (or what a function would return) that is not known here.
+    `name`: of the class or function; `args`: what it was made with; `state`: what it was given
+    after that; `items`: its entries, where it is a kind of dictionary."""
 
     __slots__ = ("args", "items", "name", "state")
 
@@ -57,7 +62,8 @@ class Name:
 
 
 class Storage:
-    """Bytes of the file that tensors lie in, and the type of their elements (None: the tensors say it)."""
+    """Bytes of the file that tensors lie in, and the type of their elements (None: the tensors say
+    it)."""
 
     def __init__(self, data: torch.Tensor, dtype: torch.dtype | None) -> None:
         self.data, self.dtype = data, dtype
@@ -72,16 +78,24 @@ STORAGES = {
 
 
 def storage_dtype(kind: Any) -> torch.dtype | None:
-    """The element type that a storage class stands for. Raises Refused for one that is not read (quantised)."""
+    """The element type that a storage class stands for. Raises Refused for one that is not read
+    (quantised)."""
     name = kind.name.rsplit(".", 1)[-1] if isinstance(kind, Name) else ""
     if name not in STORAGES:
         raise Refused("a storage of a kind that is not read")
     return STORAGES[name]
 
 
-# -- what is made by hand ----------------------------------------------------------------------------------------------
+# -- what is made by hand --------------------------------------------------------------------------
 def _tensor(
-    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, hooks: Any = None, bits: Any = None, dtype: torch.dtype | None = None
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any = False,
+    hooks: Any = None,
+    bits: Any = None,
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """A view of a storage, once it is known to lie inside it."""
     if bits:  # conjugated or negated in memory
@@ -95,22 +109,39 @@ def _tensor(
     if (last + 1) * width > storage.data.numel():
         raise Refused("a tensor that is larger than its bytes")
     made = torch.empty(0, dtype=dtype)
-    made.set_(storage.data.untyped_storage(), storage.data.storage_offset() // width + offset, size, stride)
+    made.set_(
+        storage.data.untyped_storage(),
+        storage.data.storage_offset() // width + offset,
+        size,
+        stride,
+    )
     made.requires_grad_(bool(requires_grad) and (made.is_floating_point() or made.is_complex()))
     return _with_beside(made, hooks)
 
 
-def _tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, bits: Any = None) -> Any:
+def _tensor_v3(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+    bits: Any = None,
+) -> Any:
     return _tensor(storage, offset, size, stride, requires_grad, hooks, bits, dtype)
 
 
 def _parameter(data: Any, requires_grad: Any, hooks: Any = None, state: Any = None) -> nn.Parameter:
-    made = nn.Parameter(data, bool(requires_grad) and (data.is_floating_point() or data.is_complex()))
+    made = nn.Parameter(
+        data, bool(requires_grad) and (data.is_floating_point() or data.is_complex())
+    )
     return _with_beside(made, hooks, state)
 
 
 def _with_beside(tensor: torch.Tensor, *beside: Any) -> torch.Tensor:
-    """The tensor, marked where it came with hooks or attributes: a whole network with such weights is refused."""
+    """The tensor, marked where it came with hooks or attributes: a whole network with such weights
+    is refused."""
     if any(beside):
         tensor.came_with = beside
     return tensor
@@ -142,7 +173,11 @@ def _numpy_array(shape: Any, dtype: Any, fortran: Any, data: Any) -> Any:
     flat = np.frombuffer(_as_bytes(data), dtype)
     made = flat.reshape(tuple(map(int, shape)), order="F" if fortran else "C")
     try:
-        return torch.from_numpy(np.ascontiguousarray(made.astype(made.dtype.newbyteorder("="))).reshape(made.shape).copy())
+        return torch.from_numpy(
+            np.ascontiguousarray(made.astype(made.dtype.newbyteorder("=")))
+            .reshape(made.shape)
+            .copy()
+        )
     except TypeError:
         return made
 
@@ -211,12 +246,19 @@ def _called(function: Any, args: Any) -> Any:
     return CALLS[name](*args) if name in CALLS else Unknown(name, args)
 
 
-# -- the machine -------------------------------------------------------------------------------------------------------
+# -- the machine -----------------------------------------------------------------------------------
 class Machine:
-    """One pickle, read opcode by opcode. `persistent`: what stands for storages outside of it; `records`: names of classes that
-    have inert stand-ins; `nested`: reads a torch file inside this one; `dry`: nothing is made, not even tensors."""
+    """One pickle, read opcode by opcode. `persistent`: what stands for storages outside of it;
+    `records`: names of classes that have inert stand-ins; `nested`: reads a torch file inside this
+    one; `dry`: nothing is made, not even tensors."""
 
-    def __init__(self, persistent: Callable[[Any], Any], records: Mapping[str, type], nested: Callable[[Any], Any], dry: bool = False) -> None:
+    def __init__(
+        self,
+        persistent: Callable[[Any], Any],
+        records: Mapping[str, type],
+        nested: Callable[[Any], Any],
+        dry: bool = False,
+    ) -> None:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -249,7 +291,9 @@ class Machine:
         if not isinstance(module, str) or not isinstance(name, str):
             raise Refused("a name that is no text")
         if self.protocol < 3:
-            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            module, name = NAME_MAPPING.get(
+                (module, name), (IMPORT_MAPPING.get(module, module), name)
+            )
         full = f"{module}.{name}"
         return self.records.get(full) or DTYPES.get(full) or Name(full)
 
@@ -262,7 +306,8 @@ class Machine:
             self.stack.append(_called(function, args))
 
     def build(self, _: Any) -> None:
-        """State for the object on the stack: kept where it is inert, laid into arrays, left out otherwise."""
+        """State for the object on the stack: kept where it is inert, laid into arrays, left out
+        otherwise."""
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, _Array):
@@ -271,7 +316,11 @@ class Machine:
             self.memo.update({k: made for k, v in self.memo.items() if v is target})
         elif isinstance(target, Unknown) or type(target) in self.inert:
             target.state = state
-        elif isinstance(target, np.dtype) and isinstance(state, tuple) and state[1:2] in ((">",), ("<",)):
+        elif (
+            isinstance(target, np.dtype)
+            and isinstance(state, tuple)
+            and state[1:2] in ((">",), ("<",))
+        ):
             made = target.newbyteorder(state[1])
             self.stack[-1] = made
             self.memo.update({k: made for k, v in self.memo.items() if v is target})
@@ -351,12 +400,13 @@ STEPS: dict[str, Callable[[Machine, Any], Any]] = {
 }  # fmt: skip
 
 
-# -- torch files -------------------------------------------------------------------------------------------------------
+# -- torch files -----------------------------------------------------------------------------------
 MAGIC = 0x1950A86A20F9469CFC6C  # what torch.save began with before it wrote zip files
 
 
 def read_pickle(data: bytes, records: Mapping[str, type], depth: int = 0) -> Any:
-    """What torch.save (in its format before zip) or pickle.dump wrote. Raises Refused, or anything that garbage can raise."""
+    """What torch.save (in its format before zip) or pickle.dump wrote. Raises Refused, or anything
+    that garbage can raise."""
     if depth > DEPTH:
         raise Refused("torch files inside each other")
     stream, nested = io.BytesIO(data), partial(_nested, records=records, depth=depth + 1)
@@ -367,7 +417,9 @@ def read_pickle(data: bytes, records: Mapping[str, type], depth: int = 0) -> Any
         Machine(_no_storage, {}, nested).run(stream)
     start, kinds = stream.tell(), {}
     Machine(partial(_seen, kinds), {}, nested, dry=True).run(stream)
-    stored = {key: _raw(stream, kinds.get(key)) for key in Machine(_no_storage, {}, nested).run(stream)}
+    stored = {
+        key: _raw(stream, kinds.get(key)) for key in Machine(_no_storage, {}, nested).run(stream)
+    }
     stream.seek(start)
     return Machine(partial(_old_storage, stored), records, nested).run(stream)
 
@@ -376,7 +428,9 @@ def _nested(data: Any, records: Mapping[str, type], depth: int) -> Any:
     """A tensor's storage that plain pickling wrote as a torch file of its own."""
     if not isinstance(data, bytes):
         raise Refused("a torch file that is no bytes")
-    return read_zip(data, records, depth) if data[:2] == b"PK" else read_pickle(data, records, depth)
+    return (
+        read_zip(data, records, depth) if data[:2] == b"PK" else read_pickle(data, records, depth)
+    )
 
 
 def _no_storage(_: Any) -> Any:
@@ -400,7 +454,11 @@ def _raw(stream: io.BytesIO, dtype: torch.dtype | None) -> Storage:
 
 
 def _bytes_of(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if data
+        else torch.empty(0, dtype=torch.uint8)
+    )
 
 
 def _old_storage(stored: dict[Any, Storage], spec: Any) -> Any:
@@ -423,7 +481,8 @@ def check_zip(archive: zipfile.ZipFile, size: int) -> None:
 
 
 def read_zip(data: bytes, records: Mapping[str, type], depth: int = 0) -> Any:
-    """What torch.save or TorchScript wrote as a zip file: the object in its data.pkl. Raises as `read_pickle` does."""
+    """What torch.save or TorchScript wrote as a zip file: the object in its data.pkl. Raises as
+    `read_pickle` does."""
     if depth > DEPTH:
         raise Refused("torch files inside each other")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -431,7 +490,9 @@ def read_zip(data: bytes, records: Mapping[str, type], depth: int = 0) -> Any:
         names = archive.namelist()
         main = min((n for n in names if n.endswith("data.pkl")), key=len)
         folder = main.removesuffix("data.pkl")
-        swapped = f"{folder}byteorder" in names and archive.read(f"{folder}byteorder").strip() == b"big"
+        swapped = (
+            f"{folder}byteorder" in names and archive.read(f"{folder}byteorder").strip() == b"big"
+        )
         stored: dict[str, Storage] = {}
 
         def storage(spec: Any) -> Storage:
@@ -439,11 +500,18 @@ def read_zip(data: bytes, records: Mapping[str, type], depth: int = 0) -> Any:
             if key not in stored:
                 flat = archive.read(f"{folder}data/{key}")
                 if swapped and dtype is not None and dtype.itemsize > 1:
-                    flat = np.frombuffer(flat, f"V{dtype.itemsize}").view(f"({dtype.itemsize},)u1").reshape(-1, dtype.itemsize)[:, ::-1].tobytes()
+                    flat = (
+                        np.frombuffer(flat, f"V{dtype.itemsize}")
+                        .view(f"({dtype.itemsize},)u1")
+                        .reshape(-1, dtype.itemsize)[:, ::-1]
+                        .tobytes()
+                    )
                 stored[key] = Storage(_bytes_of(flat), dtype)
             return Storage(stored[key].data, dtype)
 
-        return Machine(storage, records, partial(_nested, records=records, depth=depth + 1)).run(io.BytesIO(archive.read(main)))
+        return Machine(storage, records, partial(_nested, records=records, depth=depth + 1)).run(
+            io.BytesIO(archive.read(main))
+        )
 
 
 SCALARS = (
@@ -453,19 +521,34 @@ SCALARS = (
 
 
 def read_program_weights(data: bytes, records: Mapping[str, type]) -> dict[str, Any]:
-    """The weights of an archive that torch.export.save wrote; its graph is not read. Raises Refused, or anything that garbage can raise."""
+    """The weights of an archive that torch.export.save wrote; its graph is not read. Raises
+    Refused, or anything that garbage can raise."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         check_zip(archive, len(data))
         names = archive.namelist()
         configs = [n for n in names if n.endswith("_weights_config.json")]
         if not configs:  # torch before 2.8 pickled them
-            old = next(n for n in names if n.endswith(("serialized_state_dict.pt", "serialized_state_dict.json", "data/weights/model.pt")))
+            old = next(
+                n
+                for n in names
+                if n.endswith(
+                    (
+                        "serialized_state_dict.pt",
+                        "serialized_state_dict.json",
+                        "data/weights/model.pt",
+                    )
+                )
+            )
             return read_zip(archive.read(old), records)
         folder, table = configs[0].rsplit("/", 1)[0], json.loads(archive.read(configs[0]))["config"]
-        return {name: _program_weight(archive, folder, entry, records) for name, entry in table.items()}
+        return {
+            name: _program_weight(archive, folder, entry, records) for name, entry in table.items()
+        }
 
 
-def _program_weight(archive: zipfile.ZipFile, folder: str, entry: dict[str, Any], records: Mapping[str, type]) -> Any:
+def _program_weight(
+    archive: zipfile.ZipFile, folder: str, entry: dict[str, Any], records: Mapping[str, type]
+) -> Any:
     data, meta = archive.read(f"{folder}/{entry['path_name']}"), entry["tensor_meta"]
     if entry.get("use_pickle"):
         return read_zip(data, records)
@@ -473,4 +556,6 @@ def _program_weight(archive: zipfile.ZipFile, folder: str, entry: dict[str, Any]
     if dtype is None:
         raise Refused("a weight of a kind that is not read")
     sizes, strides = ([n["as_int"] for n in meta[key]] for key in ("sizes", "strides"))
-    return _tensor(Storage(_bytes_of(data), dtype), meta["storage_offset"]["as_int"], sizes, strides)
+    return _tensor(
+        Storage(_bytes_of(data), dtype), meta["storage_offset"]["as_int"], sizes, strides
+    )

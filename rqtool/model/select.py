@@ -1,7 +1,8 @@
-"""Which tensors of a checkpoint are the weights of a network: tables of tensors anywhere in what a file held, and the names in them.
+"""Which tensors of a checkpoint are the weights of a network: tables of tensors anywhere in what a
+file held, and the names in them.
 
-A table fits a network where, behind one prefix, it has every weight of it in its shape. Where several different ones fit, the user
-is asked; nothing is chosen in silence.
+A table fits a network where, behind one prefix, it has every weight of it in its shape. Where
+several different ones fit, the user is asked; nothing is chosen in silence.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ WRAPPERS = (
     "state_dict", "model_state_dict", "model", "model_state", "net", "network", "module", "weights", "params", "state", "generator", "student", "teacher",
     "ema", "ema_state_dict", "model_ema", "state_dict_ema", "params_ema",
 )  # fmt: skip
-NO_WEIGHTS = re.compile(r"(optim|sched|scaler|lr_)", re.IGNORECASE)  # what training keeps beside the weights
+NO_WEIGHTS = re.compile(
+    r"(optim|sched|scaler|lr_)", re.IGNORECASE
+)  # what training keeps beside the weights
 MAX_WRAPPERS = 4
 COUNTERS = ("num_batches_tracked", "n_averaged")  # no part of what a network computes
 IN_NAMES = ("_orig_mod.", "module.")  # torch.compile and DataParallel put them before any layer
@@ -30,8 +33,8 @@ ROOT = "."  # how --weights names the outermost table
 
 @dataclass
 class Table:
-    """Tensors by name, found at `path` of a file; `others`: entries beside them that are no tensors. `network`: what they were
-    read from, where it was a whole network."""
+    """Tensors by name, found at `path` of a file; `others`: entries beside them that are no
+    tensors. `network`: what they were read from, where it was a whole network."""
 
     path: str
     tensors: dict[str, Any]
@@ -41,8 +44,8 @@ class Table:
 
 @dataclass
 class Fit:
-    """A table that has every weight behind `prefix`; `extra`: names of the network's own modules that it has no place for; `beside`:
-    other names."""
+    """A table that has every weight behind `prefix`; `extra`: names of the network's own modules
+    that it has no place for; `beside`: other names."""
 
     table: Table
     prefix: str
@@ -67,13 +70,19 @@ def entries(value: Any) -> Mapping[Any, Any] | None:
     return value.items if isinstance(value, Unknown) and value.items else None
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 def tables(loaded: Any, tensors_of: Callable[[Any], dict[str, Any] | None]) -> list[Table]:
-    """Every table of tensors in what a file held. tensors_of: those of a whole network; None for anything else."""
+    """Every table of tensors in what a file held. tensors_of: those of a whole network; None for
+    anything else."""
     return list(_tables(loaded, "", tensors_of, ()))
 
 
-def _tables(value: Any, path: str, tensors_of: Callable[[Any], dict[str, Any] | None], above: tuple[int, ...]) -> Iterator[Table]:
+def _tables(
+    value: Any,
+    path: str,
+    tensors_of: Callable[[Any], dict[str, Any] | None],
+    above: tuple[int, ...],
+) -> Iterator[Table]:
     if len(above) > MAX_WRAPPERS or id(value) in above:
         return
     whole = tensors_of(value)
@@ -100,24 +109,37 @@ def chosen(found: list[Table], weights: str | None, where: str) -> list[Table]:
         return found
     left = [t for t in found if t.path == weights]
     if not left:
-        raise ConfigError(f"{where}: has no weights under '{escaped(weights)}'; {suggestion(weights, [escaped(t.path) for t in found])}")
+        raise ConfigError(
+            f"{where}: has no weights under '{escaped(weights)}'; "
+            f"{suggestion(weights, [escaped(t.path) for t in found])}"
+        )
     return left
 
 
 def single(found: list[Table], where: str) -> Table:
-    """The one table to show where no network says which. Raises ConfigError where there are several different ones."""
+    """The one table to show where no network says which. Raises ConfigError where there are several
+    different ones."""
     named = [t for t in found if t.path.rsplit(".", 1)[-1] in WRAPPERS] or found
     if any(not same(named[0].tensors, t.tensors) for t in named[1:]):
-        raise ConfigError(f"{where}: holds several sets of weights ({', '.join(escaped(t.path) for t in named)}); choose one with --weights KEY")
+        raise ConfigError(
+            f"{where}: holds several sets of weights "
+            f"({', '.join(escaped(t.path) for t in named)}); choose one with "
+            "--weights KEY"
+        )
     return named[0]
 
 
 def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether two tables hold equal tensors under equal names."""
-    return a.keys() == b.keys() and all(isinstance(a[k], torch.Tensor) and isinstance(b[k], torch.Tensor) and torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        isinstance(a[k], torch.Tensor)
+        and isinstance(b[k], torch.Tensor)
+        and torch.equal(a[k], b[k])
+        for k in a
+    )
 
 
-# -- names -------------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 def fits(found: list[Table], own: Mapping[str, Any], prefix: str | None) -> list[Fit]:
     """All ways in which the tables give the weights `own`, equal ones once."""
     kept: list[Fit] = []
@@ -127,11 +149,17 @@ def fits(found: list[Table], own: Mapping[str, Any], prefix: str | None) -> list
     return kept
 
 
-def the_fit(found: list[Table], own: Mapping[str, Any], prefix: str | None, where: str, arch: str) -> Fit | None:
-    """The one way; None where there is none. Raises ConfigError, with the list, where there are several."""
+def the_fit(
+    found: list[Table], own: Mapping[str, Any], prefix: str | None, where: str, arch: str
+) -> Fit | None:
+    """The one way; None where there is none. Raises ConfigError, with the list, where there are
+    several."""
     kept = fits(found, own, prefix)
     if len(kept) > 1:
-        raise ConfigError(f"{where}: holds {len(kept)} different sets of weights that fit {arch}; choose one with {' or '.join(f.name() for f in kept)}")
+        raise ConfigError(
+            f"{where}: holds {len(kept)} different sets of weights that fit "
+            f"{arch}; choose one with {' or '.join(f.name() for f in kept)}"
+        )
     return kept[0] if kept else None
 
 
@@ -143,7 +171,11 @@ def _fits(table: Table, own: Mapping[str, Any], prefix: str | None) -> Iterator[
             inside = [k for k in state if k not in own]
             outside = [k for k in names if not k.startswith(start)]
             extra = [k for k in inside if _is_own(k, state[k], own)]
-            beside = [k for k in (*inside, *outside) if k not in extra and k.rsplit(".", 1)[-1] not in COUNTERS]
+            beside = [
+                k
+                for k in (*inside, *outside)
+                if k not in extra and k.rsplit(".", 1)[-1] not in COUNTERS
+            ]
             yield Fit(table, start, {k: v for k, v in state.items() if k in own}, extra, beside)
 
 
@@ -154,7 +186,8 @@ def spelled_prefix(prefix: str, names: Mapping[str, Any]) -> str:
 
 
 def plain_names(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors under their names without what torch.compile and DataParallel put into them, where that stays unambiguous."""
+    """The tensors under their names without what torch.compile and DataParallel put into them,
+    where that stays unambiguous."""
     names = dict(tensors)
     for word in IN_NAMES:
         if any(word in k for k in own):
@@ -166,16 +199,23 @@ def plain_names(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str,
 
 
 def _lone(names: Mapping[str, Any], word: str) -> bool:
-    """Whether some names begin with `word` and others, which are no counters, do not: the choice is then the prefix search's."""
+    """Whether some names begin with `word` and others, which are no counters, do not: the choice is
+    then the prefix search's."""
     leading = [k.startswith(word) for k in names if k.rsplit(".", 1)[-1] not in COUNTERS]
     return any(leading) and not all(leading)
 
 
 def prefixes(names: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """What may stand before every name of `own`: what stands before the first of them, shortest first."""
+    """What may stand before every name of `own`: what stands before the first of them, shortest
+    first."""
     groups = _groups(own)
     first = groups[0] if groups else []
-    found = {k[: len(k) - len(name)] for name in first for k in names if k == name or k.endswith(f".{name}")}
+    found = {
+        k[: len(k) - len(name)]
+        for name in first
+        for k in names
+        if k == name or k.endswith(f".{name}")
+    }
     return sorted(found, key=lambda p: (len(p), p))
 
 
@@ -191,12 +231,17 @@ def _groups(own: Mapping[str, Any]) -> list[list[str]]:
 def misfits(state: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(names of missing weights, sentences about misshapen ones) of a state without prefix."""
     missing = [group[0] for group in _groups(own) if not any(name in state for name in group)]
-    odd = [f"{k} is {kind(state[k])}, not {kind(own[k])}" for k in state if k in own and isinstance(own[k], torch.Tensor) and kind(state[k]) != kind(own[k])]
+    odd = [
+        f"{k} is {kind(state[k])}, not {kind(own[k])}"
+        for k in state
+        if k in own and isinstance(own[k], torch.Tensor) and kind(state[k]) != kind(own[k])
+    ]
     return missing, odd
 
 
 def _is_own(name: str, tensor: Any, own: Mapping[str, Any]) -> bool:
-    """Whether a name that the network lacks looks like a weight of its own modules: known ones, or one more in a numbered row."""
+    """Whether a name that the network lacks looks like a weight of its own modules: known ones, or
+    one more in a numbered row."""
     if name.rsplit(".", 1)[-1] in (*COUNTERS, "total_ops", "total_params"):
         return False
     if "." not in name:
@@ -222,13 +267,19 @@ def kind(t: Any) -> str:
     return shape if t.is_floating_point() else f"{shape} of {str(t.dtype).removeprefix('torch.')}"
 
 
-# -- what does not fit -------------------------------------------------------------------------------------------------
-def refuse_misfit(found: list[Table], own: Mapping[str, Any], prefix: str | None, where: str, arch: str) -> None:
+# -- what does not fit -----------------------------------------------------------------------------
+def refuse_misfit(
+    found: list[Table], own: Mapping[str, Any], prefix: str | None, where: str, arch: str
+) -> None:
     """Raise InputError: what is missing, unexpected or misshapen in the table that comes nearest."""
     best: tuple[int, dict[str, Any]] = (-1, {})
     for table in found:
         names = plain_names(table.tensors, own)
-        starts = {"", *_usual(names), *prefixes(names, own)} if prefix is None else {spelled_prefix(prefix, names)}
+        starts = (
+            {"", *_usual(names), *prefixes(names, own)}
+            if prefix is None
+            else {spelled_prefix(prefix, names)}
+        )
         for start in sorted(starts, key=lambda p: (len(p), p)):
             state = {k.removeprefix(start): v for k, v in names.items() if k.startswith(start)}
             count = sum(k in own for k in state)
@@ -244,18 +295,37 @@ def _usual(names: Mapping[str, Any]) -> list[str]:
 
 def refuse_state(state: Mapping[str, Any], own: Mapping[str, Any], where: str, arch: str) -> None:
     missing, odd = misfits(state, own)
-    faults = [listed("missing", missing), listed("unexpected", [k for k in state if k not in own]), listed("of another kind", odd)]
-    raise InputError(f"{where}: does not fit {arch}: {', '.join(f for f in faults if f)}; give the network it was trained as")
+    faults = [
+        listed("missing", missing),
+        listed("unexpected", [k for k in state if k not in own]),
+        listed("of another kind", odd),
+    ]
+    raise InputError(
+        f"{where}: does not fit {arch}: {', '.join(f for f in faults if f)}; "
+        "give the network it was trained as"
+    )
 
 
 def listed(what: str, names: list[str]) -> str:
-    """"2 missing (a, b)", or nothing."""
-    return f"{len(names)} {what} ({', '.join(escaped(n) for n in names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    """ "2 missing (a, b)", or nothing."""
+    return (
+        f"{len(names)} {what} "
+        f"({', '.join(escaped(n) for n in names[:3])}{', ...' if len(names) > 3 else ''})"
+        if names
+        else ""
+    )
 
 
 def notes(fit: Fit, where: str) -> Iterator[str]:
     """What a user should know of what was left out."""
     if fit.beside:
-        yield f"{where}: {listed('tensors beside the weights are not read', fit.beside)}; check that the network does not need them"
+        yield (
+            f"{where}: "
+            f"{listed('tensors beside the weights are not read', fit.beside)}; "
+            "check that the network does not need them"
+        )
     if fit.table.others:
-        yield f"{where}: {listed('entries among the weights are no tensors and are not read', fit.table.others)}; check that the network does not need them"
+        yield (
+            f"{where}: "
+            f"{listed('entries among the weights are no tensors and are not read', fit.table.others)}; check that the network does not need them"
+        )

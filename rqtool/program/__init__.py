@@ -1,1 +1,2 @@
-"""The integer program: one definition (golden.py), several carriers (torch, ONNX) that must equal it."""
+"""The integer program: one definition (golden.py), several carriers (torch, ONNX) that must equal
+it."""

@@ -1,6 +1,7 @@
 """The living definition: numpy int64, plain loops over the plan, slow and obvious.
 
-Everything faster (torch, kernels, the ONNX graph) is compared with this file by equality of integers.
+Everything faster (torch, kernels, the ONNX graph) is compared with this file by equality of
+integers.
 """
 
 from __future__ import annotations
@@ -17,19 +18,24 @@ from rqtool.program.ir import Op, Program
 
 
 def rows_of(x: np.ndarray, g: Geometry, pad: int) -> np.ndarray:
-    """What the wordlines see: int64 [N, groups, K, H_out, W_out] from int [N, C, H, W], padding holding code `pad`."""
+    """What the wordlines see: int64 [N, groups, K, H_out, W_out] from int [N, C, H, W], padding
+    holding code `pad`."""
     (ph, pw), (sh, sw), (dh, dw), (kh, kw) = g.padding, g.stride, g.dilation, g.kernel
     ho, wo = g.out_size(x.shape[2], x.shape[3])
     x = np.pad(x.astype(np.int64), ((0, 0), (0, 0), (ph, ph), (pw, pw)), constant_values=pad)
-    taps = [x[:, :, y * dh : y * dh + (ho - 1) * sh + 1 : sh, z * dw : z * dw + (wo - 1) * sw + 1 : sw] for y in range(kh) for z in range(kw)]
+    taps = [
+        x[:, :, y * dh : y * dh + (ho - 1) * sh + 1 : sh, z * dw : z * dw + (wo - 1) * sw + 1 : sw]
+        for y in range(kh)
+        for z in range(kw)
+    ]
     return np.stack(taps, axis=2).reshape(x.shape[0], g.groups, g.rows, ho, wo)
 
 
 class Read(NamedTuple):
     """One tile of every group and column, one pair of planes.
 
-    p: int64 [N, groups, columns of a group, H_out, W_out] partial sums; code: the same shape; value: what the digital side adds
-    up for it, before `factor` = a_i * b_j.
+    p: int64 [N, groups, columns of a group, H_out, W_out] partial sums; code: the same shape;
+    value: what the digital side adds up for it, before `factor` = a_i * b_j.
     """
 
     tile: int
@@ -52,27 +58,37 @@ def each_read(program: Program, op: Op, x: np.ndarray) -> Iterator[Read]:
     for t, (start, stop) in enumerate(plan.tiles):
         for i, a in enumerate(plan.input_planes):
             for j, b in enumerate(plan.weight_planes):
-                p = np.einsum("gok,ngkyx->ngoyx", extract(weight[:, :, start:stop], b), extract(rows[:, :, start:stop], a))
+                p = np.einsum(
+                    "gok,ngkyx->ngoyx",
+                    extract(weight[:, :, start:stop], b),
+                    extract(rows[:, :, start:stop], a),
+                )
                 code, value = convert(program, op, t, p)
                 yield Read(t, i, j, a.factor * b.factor, p, code, value)
 
 
 def convert(program: Program, op: Op, tile: int, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and values of the partial sums of one tile: int64, both the shape of p [N, groups, columns of a group, H, W]."""
+    """Codes and values of the partial sums of one tile: int64, both the shape of p [N, groups,
+    columns of a group, H, W]."""
     spec = op.attrs["adc"]
     if spec["kind"] == "ideal":
         return p, p
     if spec["kind"] == "free":
-        thresholds = [_of_tile(column[None], tile, p.shape[1]) for column in program.const(op, "thresholds").T]
+        thresholds = [
+            _of_tile(column[None], tile, p.shape[1]) for column in program.const(op, "thresholds").T
+        ]
         code = adc.threshold_code(p, thresholds)
         return code, adc.level_value(code, program.const(op, "levels"))
-    mult, zero, gain = (_of_tile(program.const(op, role), tile, p.shape[1]) for role in ("mult", "zero", "gain"))
+    mult, zero, gain = (
+        _of_tile(program.const(op, role), tile, p.shape[1]) for role in ("mult", "zero", "gain")
+    )
     code = adc.uniform_code(p, mult, spec["shift"], zero, spec["top"])
     return code, adc.uniform_value(code, zero, gain)
 
 
 def _of_tile(table: np.ndarray, tile: int, groups: int) -> np.ndarray:
-    """The entries [groups or 1, columns of a group or 1, 1, 1] that tile `tile` uses of a table [tiles or 1, columns or 1]."""
+    """The entries [groups or 1, columns of a group or 1, 1, 1] that tile `tile` uses of a table
+    [tiles or 1, columns or 1]."""
     row = table[tile if table.shape[0] > 1 else 0].astype(np.int64)
     return row.reshape(groups if row.size > 1 else 1, -1, 1, 1)
 
@@ -109,7 +125,18 @@ def _windows(x: np.ndarray, op: Op, fill: int) -> np.ndarray:
     dh, dw = op.attrs.get("dilation", (1, 1))
     x = np.pad(x, ((0, 0), (0, 0), *(tuple(p) for p in pads)), constant_values=fill)
     ho, wo = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
-    return np.stack([x[:, :, y * dh : y * dh + (ho - 1) * sh + 1 : sh, z * dw : z * dw + (wo - 1) * sw + 1 : sw] for y in range(kh) for z in range(kw)])
+    return np.stack(
+        [
+            x[
+                :,
+                :,
+                y * dh : y * dh + (ho - 1) * sh + 1 : sh,
+                z * dw : z * dw + (wo - 1) * sw + 1 : sw,
+            ]
+            for y in range(kh)
+            for z in range(kw)
+        ]
+    )
 
 
 def _maxpool(program: Program, op: Op, x: np.ndarray) -> np.ndarray:
@@ -149,15 +176,19 @@ RULES: dict[str, Callable[..., np.ndarray]] = {
 
 
 def run(program: Program, x: np.ndarray, keep: Any = None) -> dict[str, np.ndarray]:
-    """Every tensor of the program by name, int64 [N, ...], for the input x (uint8 pixels, or float32).
+    """Every tensor of the program by name, int64 [N, ...], for the input x (uint8 pixels, or
+    float32).
 
-    keep: names to return (default: all). Raises AssertionError if a tensor leaves its proven bounds: that is a bug.
+    keep: names to return (default: all). Raises AssertionError if a tensor leaves its proven
+    bounds: that is a bug.
     """
     values = {program.input: x if program.tensors[program.input].lo is None else x.astype(np.int64)}
     for op in program.ops:
         y = RULES[op.kind](program, op, *(values[name] for name in op.inputs))
         spec = program.tensors[op.output]
         assert y.shape[1:] == spec.shape, f"{op.name}: shape {y.shape[1:]} is not {spec.shape}"
-        assert y.size == 0 or (spec.lo <= y.min() and y.max() <= spec.hi), f"{op.name}: {y.min()}..{y.max()} leaves {spec.lo}..{spec.hi}"
+        assert y.size == 0 or (spec.lo <= y.min() and y.max() <= spec.hi), (
+            f"{op.name}: {y.min()}..{y.max()} leaves {spec.lo}..{spec.hi}"
+        )
         values[op.output] = y
     return values if keep is None else {name: values[name] for name in keep}

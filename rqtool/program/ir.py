@@ -13,9 +13,10 @@
     pad       zeros before and behind each axis of one sample                    pads
     slice     every step-th of start..stop along an axis of one sample           axis, start, stop, step
 
-`requant` with two inputs is a residual addition. Rounding (half up), zero codes, bias and batch norm all live in its `add`.
-A requant whose `add` is int32 computes in int32, one whose `add` is int64 in 64 bits; the bounds below hold for their sums.
-Shapes leave the batch out. Every tensor carries proven bounds: uint8 where they fit 0..255, else int32; the sum of a large window is int64
+`requant` with two inputs is a residual addition. Rounding (half up), zero codes, bias and batch
+norm all live in its `add`. A requant whose `add` is int32 computes in int32, one whose `add` is
+int64 in 64 bits; the bounds below hold for their sums. Shapes leave the batch out. Every tensor
+carries proven bounds: uint8 where they fit 0..255, else int32; the sum of a large window is int64
 where int32 does not hold it, and then goes into a requant of 64 bits.
 """
 
@@ -32,12 +33,20 @@ from rqtool.errors import InputError, escaped
 from rqtool.hardware.macro import Macro
 from rqtool.mapping.plan import Geometry, Plan
 
-REQUANT_BOUND = 1 << 30  # a requant keeps |sum x*mult| + |add| below this, so an int32 carrier can floor-divide exactly
-WIDE_BOUND = 1 << 52  # and one of 64 bits below this, so float64 holds every product and partial sum
+REQUANT_BOUND = (
+    1 << 30
+)  # a requant keeps |sum x*mult| + |add| below this, so an int32 carrier can floor-divide exactly
+WIDE_BOUND = (
+    1 << 52
+)  # and one of 64 bits below this, so float64 holds every product and partial sum
 MAX_SHIFT, MAX_WIDE_SHIFT = 30, 50
 INT32 = (1 << 31) - 1
 
-ADC_TABLES = {"ideal": (), "uniform": ("mult", "zero", "gain"), "free": ("thresholds", "levels")}  # constants of each kind of adc
+ADC_TABLES = {
+    "ideal": (),
+    "uniform": ("mult", "zero", "gain"),
+    "free": ("thresholds", "levels"),
+}  # constants of each kind of adc
 
 ATTRIBUTES = {
     "quantize": {"exponent", "lo", "hi"},
@@ -56,7 +65,8 @@ ATTRIBUTES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a program: per-sample shape and proven bounds lo <= x <= hi (both None for the float32 input)."""
+    """One tensor of a program: per-sample shape and proven bounds lo <= x <= hi (both None for the
+    float32 input)."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,10 +75,10 @@ class Tensor:
 
     @property
     def dtype(self) -> str:
-        """"float32", "uint8", "int32" or "int64"."""
+        """ "float32", "uint8", "int32" or "int64"."""
         if self.lo is None:
             return "float32"
-        if 0 <= self.lo and self.hi <= 255:
+        if self.lo >= 0 and self.hi <= 255:
             return "uint8"
         return "int32" if self.peak <= INT32 else "int64"
 
@@ -94,8 +104,8 @@ class Op:
 class Program:
     """Operations in order, from one input to one output.
 
-    constants: int8 (weights) or int32 arrays by name. meta: JSON data for people and reports (scale of the output,
-    preprocessing of the input, float islands, ...); it never changes a result.
+    constants: int8 (weights) or int32 arrays by name. meta: JSON data for people and reports (scale
+    of the output, preprocessing of the input, float islands, ...); it never changes a result.
     """
 
     macro: Macro
@@ -112,7 +122,9 @@ class Program:
     def plan(self, op: Op) -> Plan:
         """The plan of a reads operation."""
         order = tuple(self.const(op, "order").tolist()) if self.macro.pack == "spread" else None
-        return Plan.make(op.attrs["layer"], Geometry.from_dict(op.attrs["geometry"]), self.macro, order)
+        return Plan.make(
+            op.attrs["layer"], Geometry.from_dict(op.attrs["geometry"]), self.macro, order
+        )
 
     def reads(self) -> tuple[Op, ...]:
         """The operations that use the macro, in order."""
@@ -124,8 +136,21 @@ class Program:
             "macro": self.macro.to_dict(),
             "input": self.input,
             "output": self.output,
-            "tensors": [{"name": t.name, "shape": list(t.shape), "lo": t.lo, "hi": t.hi} for t in self.tensors.values()],
-            "ops": [{"kind": o.kind, "name": o.name, "inputs": list(o.inputs), "output": o.output, "attrs": o.attrs, "consts": o.consts} for o in self.ops],
+            "tensors": [
+                {"name": t.name, "shape": list(t.shape), "lo": t.lo, "hi": t.hi}
+                for t in self.tensors.values()
+            ],
+            "ops": [
+                {
+                    "kind": o.kind,
+                    "name": o.name,
+                    "inputs": list(o.inputs),
+                    "output": o.output,
+                    "attrs": o.attrs,
+                    "consts": o.consts,
+                }
+                for o in self.ops
+            ],
             "meta": self.meta,
         }
 
@@ -133,16 +158,27 @@ class Program:
     def from_json(d: dict[str, Any], constants: dict[str, np.ndarray]) -> Program:
         """The program again; raises InputError when the data does not describe one (see `check`)."""
         try:
-            tensors = {t["name"]: Tensor(t["name"], tuple(t["shape"]), t["lo"], t["hi"]) for t in d["tensors"]}
-            ops = tuple(Op(o["kind"], o["name"], tuple(o["inputs"]), o["output"], o["attrs"], o["consts"]) for o in d["ops"])
-            program = Program(Macro(**d["macro"]), d["input"], d["output"], tensors, ops, constants, d["meta"])
+            tensors = {
+                t["name"]: Tensor(t["name"], tuple(t["shape"]), t["lo"], t["hi"])
+                for t in d["tensors"]
+            }
+            ops = tuple(
+                Op(o["kind"], o["name"], tuple(o["inputs"]), o["output"], o["attrs"], o["consts"])
+                for o in d["ops"]
+            )
+            program = Program(
+                Macro(**d["macro"]), d["input"], d["output"], tensors, ops, constants, d["meta"]
+            )
             check(program)
         except (KeyError, TypeError, AttributeError, ValueError) as e:
-            raise InputError(f"the integer program is not readable ({escaped(e)}); make the file again") from e
+            raise InputError(
+                f"the integer program is not readable ({escaped(e)}); make the file again"
+            ) from e
         return program
 
     def sha256(self) -> str:
-        """A digest of all that a result depends on (everything but `meta`): equal programs have equal digests."""
+        """A digest of all that a result depends on (everything but `meta`): equal programs have
+        equal digests."""
         data = {key: value for key, value in self.to_json().items() if key != "meta"}
         h = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
         for name in sorted(self.constants):
@@ -152,19 +188,26 @@ class Program:
 
 
 def check(program: Program) -> None:
-    """Refuse a program that no carrier could run: unknown kinds, missing or wrong attributes, tensors used before they
-    are made, constants that are absent or not integers, a requant beyond its bound. Raises InputError."""
+    """Refuse a program that no carrier could run: unknown kinds, missing or wrong attributes,
+    tensors used before they are made, constants that are absent or not integers, a requant beyond
+    its bound. Raises InputError."""
     known = {program.input}
     for op in program.ops:
         _check_op(program, op, known)
         known.add(op.output)
     if program.output not in known:
-        raise InputError(f"the integer program never makes its output '{escaped(program.output)}'; make the file again")
+        raise InputError(
+            "the integer program never makes its output "
+            f"'{escaped(program.output)}'; make the file again"
+        )
 
 
 def _check_op(program: Program, op: Op, known: set[str]) -> None:
     def refuse(what: str) -> None:
-        raise InputError(f"the integer program is broken at '{escaped(op.name)}': {escaped(what)}; make the file again")
+        raise InputError(
+            f"the integer program is broken at '{escaped(op.name)}': "
+            f"{escaped(what)}; make the file again"
+        )
 
     if op.kind not in ATTRIBUTES:
         refuse(f"operation {op.kind} is unknown")
@@ -196,9 +239,13 @@ def roles(op: Op) -> tuple[str, ...]:
 
 def requant_peak(program: Program, op: Op) -> int:
     """The proven bound of |sum x*mult| + |add| of a requant."""
-    total = np.abs(program.const(op, "add").astype(np.float64))  # exact up to 2**53, and no forged number can wrap it
+    total = np.abs(
+        program.const(op, "add").astype(np.float64)
+    )  # exact up to 2**53, and no forged number can wrap it
     for n, name in enumerate(op.inputs):
-        total = total + program.tensors[name].peak * np.abs(program.const(op, f"mult{n}").astype(np.float64))
+        total = total + program.tensors[name].peak * np.abs(
+            program.const(op, f"mult{n}").astype(np.float64)
+        )
     return int(total.max())
 
 

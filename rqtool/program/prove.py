@@ -1,7 +1,8 @@
-"""The verifier between stages: every operation's shape and bounds, worked out from its inputs, must be what the program declares.
+"""The verifier between stages: every operation's shape and bounds, worked out from its inputs, must
+be what the program declares.
 
-A program that passes can be run by any carrier without an index out of range or an integer that does not fit: freezing runs this on
-what it made, and loading a file runs it on what it read.
+A program that passes can be run by any carrier without an index out of range or an integer that
+does not fit: freezing runs this on what it made, and loading a file runs it on what it read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from rqtool.errors import ConfigError, InputError, escaped
 from rqtool.hardware import adc
 from rqtool.hardware.macro import Macro
 from rqtool.mapping.plan import FREE_LEVEL_PEAK, Geometry, Plan
-from rqtool.program.ir import INT32, MAX_SHIFT, MAX_WIDE_SHIFT, WIDE_BOUND, Op, Program, Tensor, check, is_wide
+from rqtool.program.ir import (
+    INT32,
+    MAX_SHIFT,
+    MAX_WIDE_SHIFT,
+    WIDE_BOUND,
+    Op,
+    Program,
+    Tensor,
+    check,
+    is_wide,
+)
 
 Made = tuple[tuple[int, ...], int, int]  # shape, lo, hi
 
@@ -31,21 +42,30 @@ def need(fine: Any, what: str) -> None:
 
 
 def whole(value: Any, lo: int, hi: int, what: str) -> int:
-    need(type(value) is int and lo <= value <= hi, f"{what} is {value!r}, not a whole number from {lo} to {hi}")
+    need(
+        type(value) is int and lo <= value <= hi,
+        f"{what} is {value!r}, not a whole number from {lo} to {hi}",
+    )
     return value
 
 
 def wholes(values: Any, count: int, lo: int, what: str) -> list[int]:
-    need(isinstance(values, (list, tuple)) and len(values) == count, f"{what} is {values!r}, not {count} whole numbers")
+    need(
+        isinstance(values, (list, tuple)) and len(values) == count,
+        f"{what} is {values!r}, not {count} whole numbers",
+    )
     return [whole(v, lo, INT32, what) for v in values]
 
 
 def pairs(values: Any, count: int, what: str) -> list[list[int]]:
-    need(isinstance(values, (list, tuple)) and len(values) == count, f"{what} is {values!r}, not {count} pairs")
+    need(
+        isinstance(values, (list, tuple)) and len(values) == count,
+        f"{what} is {values!r}, not {count} pairs",
+    )
     return [wholes(p, 2, 0, what) for p in values]
 
 
-# -- one rule per operation --------------------------------------------------------------------------------------------
+# -- one rule per operation ------------------------------------------------------------------------
 def _quantize(p: Program, op: Op, x: Tensor) -> Made:
     need(x.lo is None, "its input is not float32")
     whole(op.attrs["exponent"], -126, 126, "exponent")
@@ -61,19 +81,28 @@ def _limits(op: Op) -> tuple[int, int]:
 def geometry(d: Any) -> Geometry:
     """The geometry that a dictionary describes, every number checked."""
     names = {"channels", "columns", "kernel", "stride", "padding", "dilation", "groups", "kind"}
-    need(isinstance(d, dict) and set(d) == names and d["kind"] in ("conv1d", "conv2d", "linear"), "its geometry is not one")
+    need(
+        isinstance(d, dict) and set(d) == names and d["kind"] in ("conv1d", "conv2d", "linear"),
+        "its geometry is not one",
+    )
     for name in ("channels", "columns", "groups"):
         whole(d[name], 1, INT32, name)
     for name in ("kernel", "stride", "dilation", "padding"):
         wholes(d[name], 2, 0 if name == "padding" else 1, name)
-    need(d["channels"] % d["groups"] == 0 and d["columns"] % d["groups"] == 0, "its groups do not divide its channels and columns")
+    need(
+        d["channels"] % d["groups"] == 0 and d["columns"] % d["groups"] == 0,
+        "its groups do not divide its channels and columns",
+    )
     return Geometry.from_dict(d)
 
 
 def _window(p: Program, op: Op, x: Tensor) -> tuple[Geometry, tuple[int, int]]:
     """(geometry, output size) of an operation that sees a codes tensor through a kernel."""
     g = geometry(op.attrs["geometry"])
-    need(x.lo is not None and 0 <= x.lo and x.hi <= p.macro.q_x, f"its input is not codes 0..{p.macro.q_x}")
+    need(
+        x.lo is not None and x.lo >= 0 and x.hi <= p.macro.q_x,
+        f"its input is not codes 0..{p.macro.q_x}",
+    )
     need(len(x.shape) == 3 and x.shape[0] == g.channels, f"its input has shape {list(x.shape)}")
     whole(op.attrs["pad"], 0, p.macro.q_x, "pad")
     return g, _positive(g.out_size(*x.shape[1:]))
@@ -87,14 +116,23 @@ def _positive(size: tuple[int, ...]) -> tuple[int, ...]:
 def _reads(p: Program, op: Op, x: Tensor) -> Made:
     g, size = _window(p, op, x)
     weight = p.const(op, "weight")
-    need(weight.dtype == np.int8 and weight.shape == (g.columns, g.channels // g.groups, *g.kernel), "its weight has another shape or type")
-    need(weight.size and int(np.abs(weight.astype(np.int64)).max()) <= p.macro.q_w, f"its weights pass {p.macro.q_w}")
+    need(
+        weight.dtype == np.int8 and weight.shape == (g.columns, g.channels // g.groups, *g.kernel),
+        "its weight has another shape or type",
+    )
+    need(
+        weight.size and int(np.abs(weight.astype(np.int64)).max()) <= p.macro.q_w,
+        f"its weights pass {p.macro.q_w}",
+    )
     plan = Plan.make(str(op.attrs["layer"]), g, p.macro)
     ADCS[_kind(p.macro)](p, op, plan)
     if p.macro.pack == "spread":
         need("order" in op.consts, "it has no constant for order")
         order = p.const(op, "order")
-        need(order.shape == (g.rows,) and np.array_equal(np.sort(order), np.arange(g.rows)), "its order is not one of its rows")
+        need(
+            order.shape == (g.rows,) and np.array_equal(np.sort(order), np.arange(g.rows)),
+            "its order is not one of its rows",
+        )
     return (g.columns, *size), -plan.acc_bound, plan.acc_bound
 
 
@@ -108,11 +146,23 @@ def _ideal(p: Program, op: Op, plan: Plan) -> None:
 
 def _uniform(p: Program, op: Op, plan: Plan) -> None:
     macro = p.macro
-    need(op.attrs["adc"] == {"kind": "uniform", "shift": macro.shift, "top": macro.top}, "its ADC is not the macro's")
-    ranges = {"mult": (1, (1 << macro.shift) - 1), "zero": (0, macro.top), "gain": (1, adc.MAX_GAIN if macro.granularity == "tile" else 1)}
+    need(
+        op.attrs["adc"] == {"kind": "uniform", "shift": macro.shift, "top": macro.top},
+        "its ADC is not the macro's",
+    )
+    ranges = {
+        "mult": (1, (1 << macro.shift) - 1),
+        "zero": (0, macro.top),
+        "gain": (1, adc.MAX_GAIN if macro.granularity == "tile" else 1),
+    }
     for role, (lo, hi) in ranges.items():
         table = p.const(op, role)
-        need(table.ndim == 2 and table.shape[0] in (1, len(plan.tiles)) and table.shape[1] in (1, plan.geometry.columns), f"its {role} has shape {list(table.shape)}")
+        need(
+            table.ndim == 2
+            and table.shape[0] in (1, len(plan.tiles))
+            and table.shape[1] in (1, plan.geometry.columns),
+            f"its {role} has shape {list(table.shape)}",
+        )
         need(lo <= int(table.min()) and int(table.max()) <= hi, f"its {role} leaves {lo}..{hi}")
     need(np.all(p.const(op, "mult") & 1), "its mult is even somewhere")
 
@@ -120,27 +170,50 @@ def _uniform(p: Program, op: Op, plan: Plan) -> None:
 def _free(p: Program, op: Op, plan: Plan) -> None:
     need(op.attrs["adc"]["kind"] == "free", "its ADC is not the macro's")
     thresholds, levels = p.const(op, "thresholds"), p.const(op, "levels")
-    need(thresholds.ndim == 2 and thresholds.shape[0] in (1, plan.geometry.columns), f"its thresholds have shape {list(thresholds.shape)}")
-    need(thresholds.shape[1] == p.macro.top and levels.shape == (p.macro.top + 1,), "its thresholds and levels are not one code book")
+    need(
+        thresholds.ndim == 2 and thresholds.shape[0] in (1, plan.geometry.columns),
+        f"its thresholds have shape {list(thresholds.shape)}",
+    )
+    need(
+        thresholds.shape[1] == p.macro.top and levels.shape == (p.macro.top + 1,),
+        "its thresholds and levels are not one code book",
+    )
     need(np.all(np.diff(thresholds.astype(np.int64), axis=1) >= 0), "its thresholds do not ascend")
-    need(int(np.abs(levels.astype(np.int64)).max()) <= FREE_LEVEL_PEAK, f"its levels pass {FREE_LEVEL_PEAK}")
+    need(
+        int(np.abs(levels.astype(np.int64)).max()) <= FREE_LEVEL_PEAK,
+        f"its levels pass {FREE_LEVEL_PEAK}",
+    )
 
 
-ADCS: dict[str, Callable[[Program, Op, Plan], None]] = {"ideal": _ideal, "uniform": _uniform, "free": _free}
+ADCS: dict[str, Callable[[Program, Op, Plan], None]] = {
+    "ideal": _ideal,
+    "uniform": _uniform,
+    "free": _free,
+}
 
 
 def _xsum(p: Program, op: Op, x: Tensor) -> Made:
     g, size = _window(p, op, x)
-    need(op.attrs["columns"] in (g.groups, g.columns), "its columns are neither one a group nor all")
+    need(
+        op.attrs["columns"] in (g.groups, g.columns), "its columns are neither one a group nor all"
+    )
     return (op.attrs["columns"], *size), 0, g.rows * p.macro.q_x
 
 
 def _requant(p: Program, op: Op, *xs: Tensor) -> Made:
     whole(op.attrs["shift"], 0, MAX_WIDE_SHIFT if is_wide(p, op) else MAX_SHIFT, "shift")
-    add, *mults = arrays = [p.const(op, role) for role in ("add", *(f"mult{n}" for n in range(len(xs))))]
-    need(add.dtype in (np.int32, np.int64) and all(a.dtype == np.int32 for a in mults), "its constants are not int32")
+    add, *mults = arrays = [
+        p.const(op, role) for role in ("add", *(f"mult{n}" for n in range(len(xs))))
+    ]
+    need(
+        add.dtype in (np.int32, np.int64) and all(a.dtype == np.int32 for a in mults),
+        "its constants are not int32",
+    )
     shape = np.broadcast_shapes(*(x.shape for x in xs))
-    need(np.broadcast_shapes(shape, *(a.shape for a in arrays)) == shape, "its constants do not fit its inputs")
+    need(
+        np.broadcast_shapes(shape, *(a.shape for a in arrays)) == shape,
+        "its constants do not fit its inputs",
+    )
     return shape, *_limits(op)
 
 
@@ -148,7 +221,10 @@ def _pool(op: Op, x: Tensor, dilation: list[int]) -> tuple[int, ...]:
     need(len(x.shape) == 3, f"its input has shape {list(x.shape)}")
     kernel, stride = (wholes(op.attrs[name], 2, 1, name) for name in ("kernel", "stride"))
     pads = pairs(op.attrs["padding"], 2, "padding")
-    size = tuple((n + sum(pad) - d * (k - 1) - 1) // s + 1 for n, pad, d, k, s in zip(x.shape[1:], pads, dilation, kernel, stride))
+    size = tuple(
+        (n + sum(pad) - d * (k - 1) - 1) // s + 1
+        for n, pad, d, k, s in zip(x.shape[1:], pads, dilation, kernel, stride)
+    )
     return x.shape[0], *_positive(size)
 
 
@@ -185,7 +261,11 @@ def _concat(p: Program, op: Op, *xs: Tensor) -> Made:
     rests = {x.shape[:axis] + x.shape[axis + 1 :] for x in xs}
     need(len(rests) == 1 and len({len(x.shape) for x in xs}) == 1, "its inputs do not fit together")
     shape = xs[0].shape
-    return (*shape[:axis], sum(x.shape[axis] for x in xs), *shape[axis + 1 :]), min(x.lo for x in xs), max(x.hi for x in xs)
+    return (
+        (*shape[:axis], sum(x.shape[axis] for x in xs), *shape[axis + 1 :]),
+        min(x.lo for x in xs),
+        max(x.hi for x in xs),
+    )
 
 
 def _pad(p: Program, op: Op, x: Tensor) -> Made:
@@ -195,7 +275,10 @@ def _pad(p: Program, op: Op, x: Tensor) -> Made:
 
 def _slice(p: Program, op: Op, x: Tensor) -> Made:
     axis = _axis(op, x)
-    start, stop, step = (whole(op.attrs[name], low, INT32, name) for name, low in (("start", 0), ("stop", 0), ("step", 1)))
+    start, stop, step = (
+        whole(op.attrs[name], low, INT32, name)
+        for name, low in (("start", 0), ("stop", 0), ("step", 1))
+    )
     count = len(range(start, min(stop, x.shape[axis]), step))
     need(count, "it leaves nothing")
     return (*x.shape[:axis], count, *x.shape[axis + 1 :]), x.lo, x.hi
@@ -207,12 +290,21 @@ RULES: dict[str, Callable[..., Made]] = {
 }  # fmt: skip
 
 
-# -- the whole program -------------------------------------------------------------------------------------------------
-WRONG = (Broken, ConfigError, ValueError, TypeError, LookupError, AttributeError, OverflowError)  # what forged data can raise in here
+# -- the whole program -----------------------------------------------------------------------------
+WRONG = (
+    Broken,
+    ConfigError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+)  # what forged data can raise in here
 
 
 def prove(program: Program) -> None:
-    """Refuse a program whose shapes or bounds do not follow from its operations; raises InputError with the first one."""
+    """Refuse a program whose shapes or bounds do not follow from its operations; raises InputError
+    with the first one."""
     where = "its tensors"
     try:
         for name, tensor in program.tensors.items():
@@ -223,24 +315,42 @@ def prove(program: Program) -> None:
             where = f"'{op.name}'"
             _check(program, op)
     except WRONG as e:
-        raise InputError(f"the integer program is broken at {escaped(where)}: {escaped(e)}; make the file again") from e
+        raise InputError(
+            f"the integer program is broken at {escaped(where)}: {escaped(e)}; make the file again"
+        ) from e
 
 
 def _check_tensor(name: str, t: Tensor) -> None:
     need(isinstance(name, str) and t.name == name, f"a tensor is called {name!r}")
     wholes(t.shape, len(t.shape), 1, f"the shape of {t.name}")
     if t.lo is not None or t.hi is not None:
-        need(whole(t.lo, -WIDE_BOUND, WIDE_BOUND, f"lo of {t.name}") <= whole(t.hi, -WIDE_BOUND, WIDE_BOUND, f"hi of {t.name}"), f"lo of {t.name} is above hi")
+        need(
+            whole(t.lo, -WIDE_BOUND, WIDE_BOUND, f"lo of {t.name}")
+            <= whole(t.hi, -WIDE_BOUND, WIDE_BOUND, f"hi of {t.name}"),
+            f"lo of {t.name} is above hi",
+        )
 
 
 def _check(program: Program, op: Op) -> None:
     inputs = [program.tensors[name] for name in op.inputs]
-    need(inputs and (op.kind in ("requant", "concat") or len(inputs) == 1), f"it has {len(inputs)} inputs")
+    need(
+        inputs and (op.kind in ("requant", "concat") or len(inputs) == 1),
+        f"it has {len(inputs)} inputs",
+    )
     need(op.kind == "quantize" or all(x.lo is not None for x in inputs), "its input is float32")
     wide = op.kind == "requant" and is_wide(program, op)
     need(wide or all(x.dtype != "int64" for x in inputs), "its input is int64")
     shape, lo, hi = RULES[op.kind](program, op, *inputs)
     declared = program.tensors[op.output]
-    need(op.kind == "sumpool" and op.output != program.output or declared.dtype != "int64", "its output is int64")
-    need(declared.lo is not None and tuple(shape) == declared.shape, f"its output has shape {list(shape)}, not {list(declared.shape)}")
-    need(declared.lo <= lo and hi <= declared.hi, f"its output reaches {lo}..{hi}, beyond {declared.lo}..{declared.hi}")
+    need(
+        (op.kind == "sumpool" and op.output != program.output) or declared.dtype != "int64",
+        "its output is int64",
+    )
+    need(
+        declared.lo is not None and tuple(shape) == declared.shape,
+        f"its output has shape {list(shape)}, not {list(declared.shape)}",
+    )
+    need(
+        declared.lo <= lo and hi <= declared.hi,
+        f"its output reaches {lo}..{hi}, beyond {declared.lo}..{declared.hi}",
+    )

@@ -1,7 +1,9 @@
-"""The integer program in torch: what `rqtool eval` reports. Every integer of every tensor equals golden.py's.
+"""The integer program in torch: what `rqtool eval` reports. Every integer of every tensor equals
+golden.py's.
 
-Reads go through the fused kernel where the plan was certified: every partial sum that can occur was converted once by the
-kernel's own lines and compared with hardware/adc.py. Where one code differs the exact path is taken.
+Reads go through the fused kernel where the plan was certified: every partial sum that can occur was
+converted once by the kernel's own lines and compared with hardware/adc.py. Where one code differs
+the exact path is taken.
 """
 
 from __future__ import annotations
@@ -20,20 +22,31 @@ from rqtool.mapping.planes import extract
 from rqtool.model.network import flat_pads
 from rqtool.program.ir import Op, Program
 
-DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
+DTYPES = {
+    "uint8": torch.uint8,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "float32": torch.float32,
+}
 
 
-# -- reads -----------------------------------------------------------------------------------------------------------
+# -- reads -----------------------------------------------------------------------------------------
 def certified(plan: Plan, mult: np.ndarray, zero: np.ndarray) -> bool:
-    """Whether the fast forms of this machine convert every partial sum of the plan to the code that hardware/adc.py gives.
+    """Whether the fast forms of this machine convert every partial sum of the plan to the code that
+    hardware/adc.py gives.
 
     mult, zero: int arrays [1 or T, 1 or O].
     """
     macro = plan.macro
     p = np.arange(macro.p_min, macro.p_max + 1, dtype=np.int64)
-    for m, z in {(int(m), int(z)) for m, z in zip(*(a.flat for a in np.broadcast_arrays(mult, zero)))}:
+    for m, z in {
+        (int(m), int(z)) for m, z in zip(*(a.flat for a in np.broadcast_arrays(mult, zero)))
+    }:
         expected = adc.uniform_code(p, m, macro.shift, z, macro.top) - z
-        if not all(np.array_equal(codes, expected) for codes in choose.every_code(p, m, macro.shift, -z, macro.top - z)):
+        if not all(
+            np.array_equal(codes, expected)
+            for codes in choose.every_code(p, m, macro.shift, -z, macro.top - z)
+        ):
             return False
     return True
 
@@ -51,7 +64,9 @@ class Reads:
     def __init__(self, program: Program, op: Op) -> None:
         self.plan, self.pad = program.plan(op), op.attrs["pad"]
         g, kind = self.plan.geometry, op.attrs["adc"]["kind"]
-        weight = torch.from_numpy(program.const(op, "weight").astype(np.int32)).reshape(g.columns, -1)
+        weight = torch.from_numpy(program.const(op, "weight").astype(np.int32)).reshape(
+            g.columns, -1
+        )
         self.planes = [extract(weight, b) for b in self.plan.weight_planes]
         self.ideal, self.certified = kind == "ideal", False
         if not self.ideal:
@@ -60,7 +75,9 @@ class Reads:
 
     def _spec(self, program: Program, op: Op, kind: str) -> tuple[ReadSpec, bool]:
         if kind == "free":
-            spec = free_level_spec(self.plan, program.const(op, "thresholds"), program.const(op, "levels"))
+            spec = free_level_spec(
+                self.plan, program.const(op, "thresholds"), program.const(op, "levels")
+            )
             return spec, certified_levels(spec)
         mult, zero, gain = (program.const(op, role) for role in ("mult", "zero", "gain"))
         return make_spec(self.plan, mult, zero, gain), certified(self.plan, mult, zero)
@@ -84,16 +101,26 @@ class Reads:
         planes = [(b.factor, w) for b, w in zip(self.plan.weight_planes, self.planes)]
         for factor, w in planes:
             kernel = w.view(g.columns, -1, *g.kernel).double()
-            acc = acc + factor * F.conv2d(x.double(), kernel, None, g.stride, 0, g.dilation, g.groups)
+            acc = acc + factor * F.conv2d(
+                x.double(), kernel, None, g.stride, 0, g.dilation, g.groups
+            )
         return acc.int()
 
 
-# -- the other operations: one rule each ------------------------------------------------------------------------------
+# -- the other operations: one rule each -----------------------------------------------------------
 def _xsum(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
     g = Geometry.from_dict(op.attrs["geometry"])
     ph, pw = g.padding
     ones = torch.ones(op.attrs["columns"], g.channels // g.groups, *g.kernel, dtype=torch.float64)
-    return F.conv2d(F.pad(x.double(), (pw, pw, ph, ph), value=op.attrs["pad"]), ones, None, g.stride, 0, g.dilation, g.groups).int()
+    return F.conv2d(
+        F.pad(x.double(), (pw, pw, ph, ph), value=op.attrs["pad"]),
+        ones,
+        None,
+        g.stride,
+        0,
+        g.dilation,
+        g.groups,
+    ).int()
 
 
 def _quantize(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
@@ -102,8 +129,16 @@ def _quantize(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
 
 
 def _requant(op: Op, consts: dict, *xs: torch.Tensor) -> torch.Tensor:
-    dtype = torch.uint8 if 0 <= op.attrs["lo"] and op.attrs["hi"] <= 255 else torch.int32
-    return choose.requant(xs, [consts[f"mult{n}"] for n in range(len(xs))], consts["add"], op.attrs["shift"], op.attrs["lo"], op.attrs["hi"], dtype)
+    dtype = torch.uint8 if op.attrs["lo"] >= 0 and op.attrs["hi"] <= 255 else torch.int32
+    return choose.requant(
+        xs,
+        [consts[f"mult{n}"] for n in range(len(xs))],
+        consts["add"],
+        op.attrs["shift"],
+        op.attrs["lo"],
+        op.attrs["hi"],
+        dtype,
+    )
 
 
 def _maxpool(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
@@ -114,11 +149,19 @@ def _maxpool(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
 
 def _sumpool(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
     a = op.attrs
-    return F.avg_pool2d(F.pad(x.double(), flat_pads(a["padding"])), tuple(a["kernel"]), tuple(a["stride"]), divisor_override=1)
+    return F.avg_pool2d(
+        F.pad(x.double(), flat_pads(a["padding"])),
+        tuple(a["kernel"]),
+        tuple(a["stride"]),
+        divisor_override=1,
+    )
 
 
 def _slice(op: Op, consts: dict, x: torch.Tensor) -> torch.Tensor:
-    return x[(slice(None),) * (op.attrs["axis"] + 1) + (slice(op.attrs["start"], op.attrs["stop"], op.attrs["step"]),)]
+    return x[
+        (slice(None),) * (op.attrs["axis"] + 1)
+        + (slice(op.attrs["start"], op.attrs["stop"], op.attrs["step"]),)
+    ]
 
 
 RULES: dict[str, Callable[..., torch.Tensor]] = {
@@ -138,18 +181,26 @@ RULES: dict[str, Callable[..., torch.Tensor]] = {
 class Runner:
     """A program made ready to run on batches.
 
-    `fast` says which reads use the fused kernel (by layer); calling it gives the output, `trace` every tensor.
+    `fast` says which reads use the fused kernel (by layer); calling it gives the output, `trace`
+    every tensor.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.rules = [self._rule(op) for op in program.ops]
-        self.fast = {op.attrs["layer"]: rule.ideal or (rule.certified and choose.numba_available()) for op, rule in zip(program.ops, self.rules) if op.kind == "reads"}
+        self.fast = {
+            op.attrs["layer"]: rule.ideal or (rule.certified and choose.numba_available())
+            for op, rule in zip(program.ops, self.rules)
+            if op.kind == "reads"
+        }
 
     def _rule(self, op: Op) -> Callable[..., torch.Tensor]:
         if op.kind == "reads":
             return Reads(self.program, op)
-        consts = {role: torch.from_numpy(np.array(self.program.constants[name])) for role, name in op.consts.items()}
+        consts = {
+            role: torch.from_numpy(np.array(self.program.constants[name]))
+            for role, name in op.consts.items()
+        }
         return lambda *xs: RULES[op.kind](op, consts, *xs)
 
     @torch.no_grad()
@@ -157,15 +208,22 @@ class Runner:
         """Every tensor by name, uint8, int32 or int64 [N, ...], for uint8 or float32 x [N, ...]."""
         values = {self.program.input: x}
         for op, rule in zip(self.program.ops, self.rules):
-            values[op.output] = rule(*(values[name] for name in op.inputs)).to(DTYPES[self.program.tensors[op.output].dtype])
+            values[op.output] = rule(*(values[name] for name in op.inputs)).to(
+                DTYPES[self.program.tensors[op.output].dtype]
+            )
         return values
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The output tensor, int32 [N, classes]."""
-        values, last = {self.program.input: x}, {name: i for i, op in enumerate(self.program.ops) for name in op.inputs}
+        values, last = (
+            {self.program.input: x},
+            {name: i for i, op in enumerate(self.program.ops) for name in op.inputs},
+        )
         for i, (op, rule) in enumerate(zip(self.program.ops, self.rules)):
-            values[op.output] = rule(*(values[name] for name in op.inputs)).to(DTYPES[self.program.tensors[op.output].dtype])
+            values[op.output] = rule(*(values[name] for name in op.inputs)).to(
+                DTYPES[self.program.tensors[op.output].dtype]
+            )
             for name in set(op.inputs):
                 if last[name] == i:
                     del values[name]

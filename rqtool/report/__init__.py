@@ -1,1 +1,2 @@
-"""Results as text for people, from the same plain data that `--json` prints; and what this machine has."""
+"""Results as text for people, from the same plain data that `--json` prints; and what this machine
+has."""

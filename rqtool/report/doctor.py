@@ -1,4 +1,5 @@
-"""What this machine has: versions, processor, threads, and which carrier will run the reads, with the reason."""
+"""What this machine has: versions, processor, threads, and which carrier will run the reads, with
+the reason."""
 
 from __future__ import annotations
 
@@ -8,11 +9,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("rqtool", "torch", "numpy", "numba", "safetensors", "onnx", "onnxruntime", "typer", "rich", "pillow")
+PACKAGES = (
+    "rqtool",
+    "torch",
+    "numpy",
+    "numba",
+    "safetensors",
+    "onnx",
+    "onnxruntime",
+    "typer",
+    "rich",
+    "pillow",
+)
 
 
 def doctor() -> dict[str, Any]:
-    """Plain data: versions by package (None: not installed), system, processor, cpus, torch's threads, carrier of the reads and why."""
+    """Plain data: versions by package (None: not installed), system, processor, cpus, torch's
+    threads, carrier of the reads and why."""
     import torch
 
     carrier, reason, cache = _carrier()
@@ -45,7 +58,8 @@ def processor() -> str:
 
 
 def _carrier() -> tuple[str, str, str | None]:
-    """(carrier, why, folder of the compiled kernels): found by compiling the converter and trying every code of the default macro."""
+    """(carrier, why, folder of the compiled kernels): found by compiling the converter and trying
+    every code of the default macro."""
     import numpy as np
 
     from rqtool.hardware.macro import Macro
@@ -60,8 +74,19 @@ def _carrier() -> tuple[str, str, str | None]:
 
     plan, one = Plan.make("default", Geometry(1, 1), Macro()), np.ones((1, 1), np.int64)
     if not certified(plan, one * ((1 << plan.macro.shift) - 1), one * plan.macro.zero):
-        return choose.Chunked.name, "a code of the compiled converter differs from the definition", None
+        return (
+            choose.Chunked.name,
+            "a code of the compiled converter differs from the definition",
+            None,
+        )
     tried = plan.macro.p_max - plan.macro.p_min + 1
-    sums = "8-bit dot products" if certify.DOT8 else "float32 sums, for this processor has no 8-bit dot products on 512-bit vectors"
-    reason = f"numba compiles here, with {sums}, and all {tried} partial sums of the default macro get the right code"
+    sums = (
+        "8-bit dot products"
+        if certify.DOT8
+        else "float32 sums, for this processor has no 8-bit dot products on 512-bit vectors"
+    )
+    reason = (
+        f"numba compiles here, with {sums}, and all {tried} partial sums of "
+        "the default macro get the right code"
+    )
     return choose.Fused.name, reason, str(certify._convert.stats.cache_path)

@@ -1,4 +1,5 @@
-"""The text of each command's result. Every function takes the JSON data of one result and the width of the terminal (None: a file)."""
+"""The text of each command's result. Every function takes the JSON data of one result and the width
+of the terminal (None: a file)."""
 
 from __future__ import annotations
 
@@ -10,11 +11,41 @@ from rqtool.hardware.macro import Macro
 from rqtool.report.text import number, pairs, paragraphs, table
 
 Data = dict[str, Any]
-PLAN_HEADERS = ("layer", "kind", "kernel", "rows", "columns", "tiles", "planes", "p range", "acc bits", "positions", "reads", "reads/MAC", "cycles")
+PLAN_HEADERS = (
+    "layer",
+    "kind",
+    "kernel",
+    "rows",
+    "columns",
+    "tiles",
+    "planes",
+    "p range",
+    "acc bits",
+    "positions",
+    "reads",
+    "reads/MAC",
+    "cycles",
+)
 CHAIN_HEADERS = ("top-1 %", "cost", "std. error", "held-out %")
-CHAIN = {"float": "float model", "ideal ADC": "quantized, ideal ADC", "ADC": "quantized, ADC", "tuned": "fine-tuned", "frozen": "integer program"}
+CHAIN = {
+    "float": "float model",
+    "ideal ADC": "quantized, ideal ADC",
+    "ADC": "quantized, ADC",
+    "tuned": "fine-tuned",
+    "frozen": "integer program",
+}
 TWIN_HEADERS = ("integer program", "top-1 %", "chosen state")
-DIAGNOSIS_HEADERS = ("layer", "loss alone", "std. error", "regained", "std. error", "clipped %", "SQNR dB", "codes used %", "worst tile")
+DIAGNOSIS_HEADERS = (
+    "layer",
+    "loss alone",
+    "std. error",
+    "regained",
+    "std. error",
+    "clipped %",
+    "SQNR dB",
+    "codes used %",
+    "worst tile",
+)
 INTEGER_HEADERS = ("layer", "rows", "columns", "tiles", "reads/MAC", "step", "zero", "clipped %")
 
 
@@ -25,12 +56,21 @@ def _macro(data: Data) -> str:
 def quantized(data: Data, width: int | None = None) -> str:
     """The closing figures of `quantize`."""
     figures = (_chain(data, width), _against_the_twin(data, width))
-    return paragraphs(pairs([("macro", _macro(data))], width), *figures, _layers(data, width), pairs(_closing(data), width))
+    return paragraphs(
+        pairs([("macro", _macro(data))], width),
+        *figures,
+        _layers(data, width),
+        pairs(_closing(data), width),
+    )
 
 
 def _chain(data: Data, width: int | None) -> str:
-    """The networks after every step on the same images, and what each step cost against the one before."""
-    rows = [(CHAIN[r["step"]], *map(number, (r["top1"], r["loss"], r["se"], r["held_out_top1"]))) for r in data["chain"]]
+    """The networks after every step on the same images, and what each step cost against the one
+    before."""
+    rows = [
+        (CHAIN[r["step"]], *map(number, (r["top1"], r["loss"], r["se"], r["held_out_top1"])))
+        for r in data["chain"]
+    ]
     return table([_images(data), *CHAIN_HEADERS], rows, width)
 
 
@@ -40,8 +80,15 @@ def _images(data: Data) -> str:
 
 def _against_the_twin(data: Data, width: int | None) -> str:
     m = data["metrics"]
-    rows = [("post-training", number(m["ptq_top1"]), "-"), ("fine-tuned", number(m["tuned_top1"]), data["chosen"])]
-    twin = [("ideal-ADC twin", number(m["ideal_top1"]), data["twin_chosen"])] if m["ideal_top1"] is not None else []
+    rows = [
+        ("post-training", number(m["ptq_top1"]), "-"),
+        ("fine-tuned", number(m["tuned_top1"]), data["chosen"]),
+    ]
+    twin = (
+        [("ideal-ADC twin", number(m["ideal_top1"]), data["twin_chosen"])]
+        if m["ideal_top1"] is not None
+        else []
+    )
     return table(TWIN_HEADERS, rows + twin, width)
 
 
@@ -57,7 +104,11 @@ def _points(m: Data, name: str) -> str:
     if m[f"{name}_se"] is None:
         return f"{number(m[name])} points"
     lo, hi = m[f"{name}_interval"]
-    return f"{number(m[name])} points, standard error {number(m[f'{name}_se'])}, 95 % interval {number(lo)} to {number(hi)}"
+    return (
+        f"{number(m[name])} points, standard error "
+        f"{number(m[f'{name}_se'])}, 95 % interval {number(lo)} to "
+        f"{number(hi)}"
+    )
 
 
 def _layers(data: Data, width: int | None) -> str:
@@ -66,7 +117,16 @@ def _layers(data: Data, width: int | None) -> str:
 
 def _layer_row(r: Data) -> list[Any]:
     zero = "-" if r["zero"] is None else r["zero"]
-    return [r["layer"], r["rows"], r["columns"], r["tiles"], number(r["reads_per_mac"]), number(r["step"]), zero, number(100 * r["clip_rate"])]
+    return [
+        r["layer"],
+        r["rows"],
+        r["columns"],
+        r["tiles"],
+        number(r["reads_per_mac"]),
+        number(r["step"]),
+        zero,
+        number(100 * r["clip_rate"]),
+    ]
 
 
 def _closing(data: Data) -> list[tuple[str, str]]:
@@ -94,27 +154,54 @@ def trained(data: Data, width: int | None = None) -> str:
     rows = [("before", number(m["before_top1"])), ("after", number(m["tuned_top1"]))]
     figures = table([_images(data), "top-1 %"], rows, width)
     before = sum(recipe["epochs"] + recipe["ideal_epochs"] for recipe in data["history"])
-    closing = [("gain", _points(m, "gain")), ("trained before", _epochs(before)), *_how(data), ("file", data["out"] or "not saved"), ("seconds", number(data["seconds"])), *_warnings(data)]
-    return paragraphs(pairs([("macro", _macro(data))], width), figures, _layers(data, width), pairs(closing, width))
+    closing = [
+        ("gain", _points(m, "gain")),
+        ("trained before", _epochs(before)),
+        *_how(data),
+        ("file", data["out"] or "not saved"),
+        ("seconds", number(data["seconds"])),
+        *_warnings(data),
+    ]
+    return paragraphs(
+        pairs([("macro", _macro(data))], width),
+        figures,
+        _layers(data, width),
+        pairs(closing, width),
+    )
 
 
 def _how(data: Data) -> list[tuple[str, str]]:
     return [
         ("trained", _trained(data)),
         ("chosen", f"{data['chosen']}, by {data['held_out_images']} held-out images"),
-        ("agreement", f"integer program and network in floating point name the same class on {number(data['metrics']['agreement'])} % of the images"),
+        (
+            "agreement",
+            "integer program and network in floating point name the same class "
+            f"on {number(data['metrics']['agreement'])} % of the images",
+        ),
     ]
 
 
 def _trained(data: Data) -> str:
     """Epochs, images and seed; what is not the default of the recipe is told too."""
     recipe = data["recipe"]
-    before = f", after {_epochs(recipe['ideal_epochs'])} with an ideal ADC" if recipe["ideal_epochs"] else ""
+    before = (
+        f", after {_epochs(recipe['ideal_epochs'])} with an ideal ADC"
+        if recipe["ideal_epochs"]
+        else ""
+    )
     teacher = "" if recipe["teacher"] == "none" else f", {recipe['teacher']} teacher"
     augment = "" if recipe["augment"] == "none" else f", {recipe['augment']}"
     rate = f", learning rate {data['learning_rate']:g}" if data["learning_rate"] is not None else ""
-    rolled = f"; rolled back {data['roll_backs']} times, each to half the rate" if data["roll_backs"] else ""
-    return f"{_epochs(recipe['epochs'])} on {data['train_images']} images, seed {recipe['seed']}{before}{teacher}{augment}{rate}{rolled}"
+    rolled = (
+        f"; rolled back {data['roll_backs']} times, each to half the rate"
+        if data["roll_backs"]
+        else ""
+    )
+    return (
+        f"{_epochs(recipe['epochs'])} on {data['train_images']} images, seed "
+        f"{recipe['seed']}{before}{teacher}{augment}{rate}{rolled}"
+    )
 
 
 def _epochs(count: int) -> str:
@@ -127,27 +214,66 @@ def evaluated(data: Data, width: int | None = None) -> str:
     items = [
         ("file", data["source"]),
         ("macro", _macro(data)),
-        ("top-1", f"{number(data['metrics']['top1'])} % of {data['metrics']['images']} {data['measured_on']} images, {data['adc']} ADC"),
-        ("reads", f"{sum(fused.values())} of {len(fused)} layers on the fused kernel, every code equal to the definition"),
+        (
+            "top-1",
+            f"{number(data['metrics']['top1'])} % of {data['metrics']['images']} "
+            f"{data['measured_on']} images, {data['adc']} ADC",
+        ),
+        (
+            "reads",
+            f"{sum(fused.values())} of {len(fused)} layers on the fused kernel, "
+            "every code equal to the definition",
+        ),
         ("seconds", number(data["seconds"])),
     ]
-    return paragraphs(pairs(items, width), diagnosed(data["diagnosis"], width) if "diagnosis" in data else "")
+    return paragraphs(
+        pairs(items, width), diagnosed(data["diagnosis"], width) if "diagnosis" in data else ""
+    )
 
 
 def diagnosed(data: Data, width: int | None = None) -> str:
     """What `eval --diagnose` found: the layers in network order, and which of them is to blame."""
     same = [number(data[name]) for name in ("adc_loss_same_weights", "adc_loss_same_weights_se")]
-    figures = [("all ADCs ideal", number(data["ideal_top1"]), "-", "-"), ("all ADCs real", number(data["real_top1"]), *same)]
-    accuracies = table([f"{data['images']} {data['measured_on']} images", "top-1 %", "cost, same weights", "std. error"], figures, width)
+    figures = [
+        ("all ADCs ideal", number(data["ideal_top1"]), "-", "-"),
+        ("all ADCs real", number(data["real_top1"]), *same),
+    ]
+    accuracies = table(
+        [
+            f"{data['images']} {data['measured_on']} images",
+            "top-1 %",
+            "cost, same weights",
+            "std. error",
+        ],
+        figures,
+        width,
+    )
     plots = [("plots", ", ".join(data["plots"]))] if data["plots"] else []
-    closing = pairs([("diagnosis", data["sentence"]), *plots, ("seconds", number(data["seconds"]))], width)
-    return paragraphs(accuracies, table(DIAGNOSIS_HEADERS, map(_diagnosis_row, data["layers"]), width), closing)
+    closing = pairs(
+        [("diagnosis", data["sentence"]), *plots, ("seconds", number(data["seconds"]))], width
+    )
+    return paragraphs(
+        accuracies, table(DIAGNOSIS_HEADERS, map(_diagnosis_row, data["layers"]), width), closing
+    )
 
 
 def _diagnosis_row(r: Data) -> list[Any]:
-    worst = "-" if r["worst_tile"] is None else f"{r['worst_tile']} at {number(r['tiles'][r['worst_tile']]['sqnr'])} dB"
-    losses = [number(r[name]) for name in ("loss_alone", "loss_alone_se", "regained", "regained_se")]
-    return [r["layer"], *losses, _share(r["clip_rate"]), number(r["sqnr"]), _share(r["codes_used"]), worst]
+    worst = (
+        "-"
+        if r["worst_tile"] is None
+        else f"{r['worst_tile']} at {number(r['tiles'][r['worst_tile']]['sqnr'])} dB"
+    )
+    losses = [
+        number(r[name]) for name in ("loss_alone", "loss_alone_se", "regained", "regained_se")
+    ]
+    return [
+        r["layer"],
+        *losses,
+        _share(r["clip_rate"]),
+        number(r["sqnr"]),
+        _share(r["codes_used"]),
+        worst,
+    ]
 
 
 def _share(x: float | None) -> str:
@@ -156,7 +282,10 @@ def _share(x: float | None) -> str:
 
 def exported(data: Data, width: int | None = None) -> str:
     """What `export` wrote and proved."""
-    items = [("file", f"{data['out']}, {data['bytes']:,} bytes, {data['body']} body"), ("verified", _proof(data["report"]))]
+    items = [
+        ("file", f"{data['out']}, {data['bytes']:,} bytes, {data['body']} body"),
+        ("verified", _proof(data["report"])),
+    ]
     return pairs(items + ([("vectors", data["vectors"])] if data["vectors"] else []), width)
 
 
@@ -165,16 +294,42 @@ def _proof(report: Data | None) -> str:
         return "no (--no-verify)"
     batches = ", ".join(map(str, report["batches"]))
     return (
-        f"yes: {report['integers']:,} integers of {report['tensors']} tensors equal the definition at {len(report['levels'])} optimisation levels "
-        f"of onnxruntime and batch {batches}; {report['codes']:,} codes tried one by one; {report['reads']:,} reads replayed from the metadata"
+        f"yes: {report['integers']:,} integers of {report['tensors']} "
+        f"tensors equal the definition at {len(report['levels'])} "
+        "optimisation levels "
+        f"of onnxruntime and batch {batches}; {report['codes']:,} codes "
+        f"tried one by one; {report['reads']:,} reads replayed from the "
+        "metadata"
     )
 
 
 def planned(data: Data, width: int | None = None) -> str:
     """The table of `plan`."""
     totals = data["totals"]
-    total = ["total", "", "", "", "", totals["tiles"], "", "", "", "", totals["reads"], number(totals["reads_per_mac"]), totals["cycles"]]
-    head = pairs([("model", data["source"]), ("input", _by(data["input_shape"])), ("macro", _macro(data)), ("MACs", totals["macs"])], width)
+    total = [
+        "total",
+        "",
+        "",
+        "",
+        "",
+        totals["tiles"],
+        "",
+        "",
+        "",
+        "",
+        totals["reads"],
+        number(totals["reads_per_mac"]),
+        totals["cycles"],
+    ]
+    head = pairs(
+        [
+            ("model", data["source"]),
+            ("input", _by(data["input_shape"])),
+            ("macro", _macro(data)),
+            ("MACs", totals["macs"]),
+        ],
+        width,
+    )
     return paragraphs(head, table(PLAN_HEADERS, [*map(_plan_row, data["layers"]), total], width))
 
 
@@ -193,28 +348,52 @@ def _by(shape: list[int]) -> str:
 
 def inspected(data: Data, width: int | None = None) -> str:
     """What `inspect` found, shortened: `--json` has all of it."""
-    return paragraphs(pairs([("file", data["source"]), ("kind", data["kind"])], width), INSPECTED[data["kind"]](data, width))
+    return paragraphs(
+        pairs([("file", data["source"]), ("kind", data["kind"])], width),
+        INSPECTED[data["kind"]](data, width),
+    )
 
 
 def _weights(data: Data, width: int | None) -> str:
     rows = [(t["name"], _by(t["shape"]) or "-", t["dtype"]) for t in data["tensors"]]
-    return paragraphs(pairs([("values", f"{data['values']:,}")], width), table(["tensor", "shape", "type"], rows, width))
+    return paragraphs(
+        pairs([("values", f"{data['values']:,}")], width),
+        table(["tensor", "shape", "type"], rows, width),
+    )
 
 
 AXES = {
     (0, 1, 2): [],
-    **{axes: [("axes", said)] for axes, said in (((1, 2, 0), "channels last"), ((2, 0, 1), "the last as channels"), ((0, 2, 1), "the last two exchanged"))},
+    **{
+        axes: [("axes", said)]
+        for axes, said in (
+            ((1, 2, 0), "channels last"),
+            ((2, 0, 1), "the last as channels"),
+            ((0, 2, 1), "the last two exchanged"),
+        )
+    },
 }
 
 
 def _rq(data: Data, width: int | None) -> str:
-    shown = [(name, value if isinstance(value, str) else _figure(value)) for name, value in _metrics(data["results"]).items()]
+    shown = [
+        (name, value if isinstance(value, str) else _figure(value))
+        for name, value in _metrics(data["results"]).items()
+    ]
     pixel = data["preprocess"]
     worth = f"(x * {pixel['scale']:.6g} - mean) / std, mean {pixel['mean']}, std {pixel['std']}"
     sizes = [f"{name} {pixel[name]}" for name in ("resize", "crop") if pixel[name]]
-    about = [("macro", _macro(data)), ("pixels", worth), *([("images", ", ".join(sizes))] if sizes else []), *AXES[tuple(pixel["axes"])]]
+    about = [
+        ("macro", _macro(data)),
+        ("pixels", worth),
+        *([("images", ", ".join(sizes))] if sizes else []),
+        *AXES[tuple(pixel["axes"])],
+    ]
     rows = [(op["name"], op["kind"], _by(op["output"])) for op in data["ops"]]
-    return paragraphs(pairs([*about, ("program", data["program_sha256"]), *shown], width), table(["operation", "kind", "output"], rows, width))
+    return paragraphs(
+        pairs([*about, ("program", data["program_sha256"]), *shown], width),
+        table(["operation", "kind", "output"], rows, width),
+    )
 
 
 def _metrics(results: Any) -> Data:
@@ -229,10 +408,26 @@ def _figure(value: Any) -> str:
 
 def _onnx(data: Data, width: int | None) -> str:
     doc = data["metadata"]
-    about = [("written by", f"{doc['tool']['name']} {doc['tool']['version']}"), ("format", doc["format"]), ("program", doc["program"]["sha256"])]
+    about = [
+        ("written by", f"{doc['tool']['name']} {doc['tool']['version']}"),
+        ("format", doc["format"]),
+        ("program", doc["program"]["sha256"]),
+    ]
     about.append(("macro", Macro(**doc["macro"]["fields"]).describe()))
-    rows = [(layer["layer"], layer["kind"], layer["rows"]["count"], layer["columns"], layer["adc"]["kind"], layer["body"]) for layer in doc["layers"]]
-    return paragraphs(pairs(about, width), table(["layer", "kind", "rows", "columns", "ADC", "body"], rows, width))
+    rows = [
+        (
+            layer["layer"],
+            layer["kind"],
+            layer["rows"]["count"],
+            layer["columns"],
+            layer["adc"]["kind"],
+            layer["body"],
+        )
+        for layer in doc["layers"]
+    ]
+    return paragraphs(
+        pairs(about, width), table(["layer", "kind", "rows", "columns", "ADC", "body"], rows, width)
+    )
 
 
 INSPECTED = {"weights": _weights, "rq": _rq, "onnx": _onnx}
@@ -240,38 +435,83 @@ INSPECTED = {"weights": _weights, "rq": _rq, "onnx": _onnx}
 
 def verified(data: Data, width: int | None = None) -> str:
     """What `verify` found right, file by file."""
-    return pairs([(row["source"], f"right: {VERIFIED[row['kind']].format(**row)}") for row in data["files"]], width)
+    return pairs(
+        [(row["source"], f"right: {VERIFIED[row['kind']].format(**row)}") for row in data["files"]],
+        width,
+    )
 
 
 VERIFIED = {
-    "rq": "every hash; the program; {integers:,} integers of {tensors} tensors equal the definition on one random image",
-    "onnx": "the graph, the metadata and every hash; {codes:,} codes; {accumulators:,} accumulators of {layers} layers on one random image, in two runs",
+    "rq": "every hash; the program; {integers:,} integers of {tensors} tensors "
+    "equal the definition on one random image",
+    "onnx": "the graph, the metadata and every hash; {codes:,} codes; "
+    "{accumulators:,} accumulators of {layers} layers on one random "
+    "image, in two runs",
 }
 
 
 def presets(data: Data, width: int | None = None) -> str:
     """The macros that have a name."""
-    return paragraphs(*(pairs([("preset", r["name"]), ("about", r["about"]), ("source", r["source"]), ("macro", _macro(r))], width) for r in data["presets"]))
+    return paragraphs(
+        *(
+            pairs(
+                [
+                    ("preset", r["name"]),
+                    ("about", r["about"]),
+                    ("source", r["source"]),
+                    ("macro", _macro(r)),
+                ],
+                width,
+            )
+            for r in data["presets"]
+        )
+    )
 
 
 def operations(data: Data, width: int | None = None) -> str:
     """What `ops` lists."""
     program = [(kind, ", ".join(names)) for kind, names in data["program"].items()]
-    networks = [(n["name"], f"{n['about']}, input {_by(n['input_shape'])}") for n in data["networks"]]
+    networks = [
+        (n["name"], f"{n['about']}, input {_by(n['input_shape'])}") for n in data["networks"]
+    ]
     counted = Counter(name.split(".")[0].rstrip("_") for name in data["model"])
     understood = pairs([("aten", ", ".join(sorted(counted)))], width)
-    titles = ("operations understood in a model", "operations of an integer program, with their attributes", "built-in networks")
-    return paragraphs(*(f"{title}\n{text}" for title, text in zip(titles, (understood, pairs(program, width), pairs(networks, width)))))
+    titles = (
+        "operations understood in a model",
+        "operations of an integer program, with their attributes",
+        "built-in networks",
+    )
+    return paragraphs(
+        *(
+            f"{title}\n{text}"
+            for title, text in zip(
+                titles, (understood, pairs(program, width), pairs(networks, width))
+            )
+        )
+    )
 
 
 def doctor(data: Data, width: int | None = None) -> str:
     """What this machine has, and how the reads will run on it."""
     versions = [(name, version or "not installed") for name, version in data["versions"].items()]
-    about = [("system", data["system"]), ("processor", data["processor"]), ("processors", data["cpus"]), ("torch threads", data["threads"])]
-    reads = [("reads run", data["carrier"]), ("for", data["reason"]), ("kernel cache", data["cache"] or "none")]
+    about = [
+        ("system", data["system"]),
+        ("processor", data["processor"]),
+        ("processors", data["cpus"]),
+        ("torch threads", data["threads"]),
+    ]
+    reads = [
+        ("reads run", data["carrier"]),
+        ("for", data["reason"]),
+        ("kernel cache", data["cache"] or "none"),
+    ]
     return paragraphs(pairs(versions, width), pairs(about, width), pairs(reads, width))
 
 
 def demo(data: Data, width: int | None = None) -> str:
     """The three results of the demo."""
-    return paragraphs(quantized(data["quantize"], width), evaluated(data["eval"], width), exported(data["export"], width))
+    return paragraphs(
+        quantized(data["quantize"], width),
+        evaluated(data["eval"], width),
+        exported(data["export"], width),
+    )

@@ -1,4 +1,5 @@
-"""Tables and pairs as plain text: nothing wraps where the output is a file, nothing is wider than the terminal where it is one."""
+"""Tables and pairs as plain text: nothing wraps where the output is a file, nothing is wider than
+the terminal where it is one."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def number(x: float | None) -> str:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], width: int | None = None) -> str:
-    """Aligned columns, figures to the right; where that is wider than `width`, each row becomes a paragraph.
+    """Aligned columns, figures to the right; where that is wider than `width`, each row becomes a
+    paragraph.
 
     >>> print(table(["layer", "rows"], [["conv1", 9], ["fc", 576]]))
     layer  rows
@@ -39,7 +41,10 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], width: int | No
     if width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
         return "\n\n".join(pairs(list(zip(headers, row)), width) for row in cells)
     words = [i == 0 or any(row[i][:1].isalpha() for row in cells) for i in range(len(headers))]
-    lines = ([cell.ljust(n) if left else cell.rjust(n) for cell, n, left in zip(row, widths, words)] for row in [list(headers), *cells])
+    lines = (
+        [cell.ljust(n) if left else cell.rjust(n) for cell, n, left in zip(row, widths, words)]
+        for row in [list(headers), *cells]
+    )
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 

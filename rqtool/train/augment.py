@@ -1,4 +1,5 @@
-"""Augmentation of small images in training batches: each one shifted a little, or also mirrored, as its seed says."""
+"""Augmentation of small images in training batches: each one shifted a little, or also mirrored, as
+its seed says."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def largest_shift(height: int, width: int) -> int:
 
 
 def augmented(x: torch.Tensor, kind: str, seed: tuple[int, ...]) -> torch.Tensor:
-    """Real-valued images [N, C, H, W], moved image by image; the same for the same seed on any number of threads.
+    """Real-valued images [N, C, H, W], moved image by image; the same for the same seed on any
+    number of threads.
 
     What moves in from outside is the real value 0, with which convolutions pad too.
 
@@ -37,5 +39,7 @@ def augmented(x: torch.Tensor, kind: str, seed: tuple[int, ...]) -> torch.Tensor
     if kind == "shift-flip":
         columns = np.where(rng.integers(0, 2, (n, 1)) == 1, columns[:, ::-1], columns)
     padded, images = F.pad(x, (most,) * 4), torch.arange(n).view(n, 1, 1)
-    moved = padded[images, :, torch.from_numpy(rows).unsqueeze(2), torch.from_numpy(columns).unsqueeze(1)]  # [N, H, W, C]
+    moved = padded[
+        images, :, torch.from_numpy(rows).unsqueeze(2), torch.from_numpy(columns).unsqueeze(1)
+    ]  # [N, H, W, C]
     return moved.permute(0, 3, 1, 2).contiguous()

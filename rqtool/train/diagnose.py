@@ -1,4 +1,5 @@
-"""Which layer's ADC costs the accuracy: what each ADC does to its reads, and what the network loses to it.
+"""Which layer's ADC costs the accuracy: what each ADC does to its reads, and what the network loses
+to it.
 
     clip rate     share of the reads beyond full scale
     SQNR          10 log10(sum h p**2 / sum h (value(code(p)) - p)**2), over a histogram h of partial sums
@@ -32,11 +33,15 @@ from rqtool.train.measure import clip_bounds, hits, ideal_adcs, percent, watched
 from rqtool.train.paired import Loss, paired
 from rqtool.train.rewrite import read_layers
 
-CLIPPED, CLIP_NOISE = 0.01, 0.5  # more reads beyond full scale, which make more of the error: the range is too small
+CLIPPED, CLIP_NOISE = (
+    0.01,
+    0.5,
+)  # more reads beyond full scale, which make more of the error: the range is too small
 BEYOND = 2.0  # paired standard errors: a layer that costs more than so many stands out
 CULPRIT = {
     "loss_alone": "its ADC alone loses {points:.2f} points (standard error {se:.2f})",
-    "regained": "{points:.2f} points (standard error {se:.2f}) come back when its ADC alone is ideal",
+    "regained": "{points:.2f} points (standard error {se:.2f}) come back when its "
+    "ADC alone is ideal",
 }
 FEW_CODES = 0.5  # fewer of the codes in use than this: the range is too large
 REASONS = {
@@ -46,12 +51,14 @@ REASONS = {
 }
 
 
-# -- an ADC over every partial sum --------------------------------------------------------------------------------------
+# -- an ADC over every partial sum -----------------------------------------------------------------
 @dataclass(frozen=True)
 class Converter:
-    """What a layer's ADCs (G of them: one, or one for each column or tile) make of every partial sum p_min .. p_max.
+    """What a layer's ADCs (G of them: one, or one for each column or tile) make of every partial
+    sum p_min .. p_max.
 
-    code: uint8 [G, P]; value: float64 [G, P], in partial-sum units; clipped: bool [G, P]; codes: how many each ADC has.
+    code: uint8 [G, P]; value: float64 [G, P], in partial-sum units; clipped: bool [G, P]; codes:
+    how many each ADC has.
     """
 
     p: np.ndarray
@@ -72,7 +79,10 @@ def converter(layer: ReadLayer) -> Converter:
 
 def _uniform(layer: ReadLayer, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     macro, numbers = layer.plan.macro, layer.adc()
-    mult, zero, step = (t.expand(group_shape(layer.plan)).reshape(-1, 1).numpy() for t in (numbers.mult, numbers.zero, numbers.step))
+    mult, zero, step = (
+        t.expand(group_shape(layer.plan)).reshape(-1, 1).numpy()
+        for t in (numbers.mult, numbers.zero, numbers.step)
+    )
     code = adc.uniform_code(p, mult, macro.shift, zero, macro.top)
     return code, adc.uniform_value(code, zero, step)
 
@@ -82,11 +92,11 @@ def _free(layer: ReadLayer, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return code, layer.unit.unsqueeze(1).numpy() * layer.levels.numpy()[code]
 
 
-# -- what it does to its reads ------------------------------------------------------------------------------------------
+# -- what it does to its reads ---------------------------------------------------------------------
 @dataclass(frozen=True)
 class Reads:
-    """Sums over some reads. signal, noise: of p**2 and of (value - p)**2; clip_noise: of the latter, beyond full scale;
-    hit: bool [G, codes], which codes occurred."""
+    """Sums over some reads. signal, noise: of p**2 and of (value - p)**2; clip_noise: of the
+    latter, beyond full scale; hit: bool [G, codes], which codes occurred."""
 
     count: int
     clipped: int
@@ -96,10 +106,20 @@ class Reads:
     hit: np.ndarray
 
     def figures(self) -> dict[str, float | None]:
-        """clip_rate, clip_noise and codes_used from 0 to 1; sqnr in dB; clip_noise and sqnr are None where no read is changed."""
+        """clip_rate, clip_noise and codes_used from 0 to 1; sqnr in dB; clip_noise and sqnr are
+        None where no read is changed."""
         exact = self.noise == 0 or self.signal == 0
-        sqnr, clip_noise = (None, None) if exact else (10 * math.log10(self.signal / self.noise), self.clip_noise / self.noise)
-        return {"clip_rate": self.clipped / max(1, self.count), "clip_noise": clip_noise, "sqnr": sqnr, "codes_used": float(self.hit.mean())}
+        sqnr, clip_noise = (
+            (None, None)
+            if exact
+            else (10 * math.log10(self.signal / self.noise), self.clip_noise / self.noise)
+        )
+        return {
+            "clip_rate": self.clipped / max(1, self.count),
+            "clip_noise": clip_noise,
+            "sqnr": sqnr,
+            "codes_used": float(self.hit.mean()),
+        }
 
 
 def judged(histogram: np.ndarray, adcs: Converter, rows: slice = slice(None)) -> Reads:
@@ -108,22 +128,38 @@ def judged(histogram: np.ndarray, adcs: Converter, rows: slice = slice(None)) ->
     histogram, p = histogram[:, used], adcs.p[used].astype(np.float64)
     code, value, clipped = (table[rows][:, used] for table in (adcs.code, adcs.value, adcs.clipped))
     place = code + adcs.codes * np.arange(len(code))[:, None]
-    hit = np.bincount(place.ravel(), histogram.ravel(), len(code) * adcs.codes).reshape(-1, adcs.codes) > 0
+    hit = (
+        np.bincount(place.ravel(), histogram.ravel(), len(code) * adcs.codes).reshape(
+            -1, adcs.codes
+        )
+        > 0
+    )
     signal, noise = histogram.sum(0) @ p**2, histogram * (value - p) ** 2
-    return Reads(int(histogram.sum()), int(histogram[clipped].sum()), float(signal), float(noise.sum()), float(noise[clipped].sum()), hit)
+    return Reads(
+        int(histogram.sum()),
+        int(histogram[clipped].sum()),
+        float(signal),
+        float(noise.sum()),
+        float(noise[clipped].sum()),
+        hit,
+    )
 
 
 def together(parts: list[Reads], by_tile: bool) -> Reads:
     """All tiles of a layer as one; by_tile: each has an ADC of its own."""
     hits = [part.hit for part in parts]
-    sums = (sum(getattr(part, name) for part in parts) for name in ("count", "clipped", "signal", "noise", "clip_noise"))
+    sums = (
+        sum(getattr(part, name) for part in parts)
+        for name in ("count", "clipped", "signal", "noise", "clip_noise")
+    )
     return Reads(*sums, np.concatenate(hits) if by_tile else np.logical_or.reduce(hits))
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One layer's reads. figures: of `Reads.figures`; tiles: the same for each tile, with its number; histogram: int64 [P], all reads;
-    thresholds, full_scale: of the ADC with the median step; adcs: how many there are."""
+    """One layer's reads. figures: of `Reads.figures`; tiles: the same for each tile, with its
+    number; histogram: int64 [P], all reads; thresholds, full_scale: of the ADC with the median
+    step; adcs: how many there are."""
 
     plan: Plan
     figures: dict[str, Any]
@@ -142,7 +178,14 @@ def seen(layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> Seen:
         total += histogram.sum(0)
         parts.append(judged(histogram, adcs, slice(t, t + 1) if by_tile else slice(None)))
     tiles = [{"tile": t, **part.figures()} for t, part in enumerate(parts)]
-    return Seen(layer.plan, together(parts, by_tile).figures(), tiles, total, *_typical(layer), len(adcs.code))
+    return Seen(
+        layer.plan,
+        together(parts, by_tile).figures(),
+        tiles,
+        total,
+        *_typical(layer),
+        len(adcs.code),
+    )
 
 
 def _typical(layer: ReadLayer) -> tuple[tuple[int, ...], tuple[int, int]]:
@@ -152,7 +195,9 @@ def _typical(layer: ReadLayer) -> tuple[tuple[int, ...], tuple[int, int]]:
         g = _median(layer.unit.tolist())
         return tuple(layer.thresholds[g].tolist()), bounds[g]
     numbers = layer.adc()
-    mults, zeros = (a.expand(group_shape(layer.plan)).flatten().tolist() for a in (numbers.mult, numbers.zero))
+    mults, zeros = (
+        a.expand(group_shape(layer.plan)).flatten().tolist() for a in (numbers.mult, numbers.zero)
+    )
     g = _median(mults)
     return adc.uniform_thresholds(mults[g], macro.shift, zeros[g], macro.top), bounds[g]
 
@@ -164,7 +209,8 @@ def _median(values: list[float]) -> int:
 
 @torch.no_grad()
 def look(network: Network, x: torch.Tensor) -> dict[str, Seen]:
-    """What each layer's ADCs do to their reads of real-valued inputs x, by name; layers with an ideal ADC are left out."""
+    """What each layer's ADCs do to their reads of real-valued inputs x, by name; layers with an
+    ideal ADC are left out."""
     found: dict[str, Seen] = {}
 
     def watch(name: str, layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> None:
@@ -176,17 +222,29 @@ def look(network: Network, x: torch.Tensor) -> dict[str, Seen]:
     return found
 
 
-# -- what the network loses to it ---------------------------------------------------------------------------------------
+# -- what the network loses to it ------------------------------------------------------------------
 def trials(network: Network) -> list[frozenset[str]]:
-    """Which layers are ideal in each measurement: none, all, all but one, only one. A network with ideal ADCs has nothing to try."""
+    """Which layers are ideal in each measurement: none, all, all but one, only one. A network with
+    ideal ADCs has nothing to try."""
     layers = read_layers(network)
     if all(layer.plan.macro.ideal for layer in layers.values()):
         return [frozenset()]
     every = frozenset(layers)
-    return list(dict.fromkeys([frozenset(), every, *(every - {name} for name in layers), *(frozenset({name}) for name in layers)]))
+    return list(
+        dict.fromkeys(
+            [
+                frozenset(),
+                every,
+                *(every - {name} for name in layers),
+                *(frozenset({name}) for name in layers),
+            ]
+        )
+    )
 
 
-def tried(network: Network, feed: Feed, done: Callable[[int], None] = lambda n: None) -> dict[frozenset[str], np.ndarray]:
+def tried(
+    network: Network, feed: Feed, done: Callable[[int], None] = lambda n: None
+) -> dict[frozenset[str], np.ndarray]:
     """Which images are right, bool [N], in every one of `trials`."""
     found = {}
     for ideal in trials(network):
@@ -195,15 +253,17 @@ def tried(network: Network, feed: Feed, done: Callable[[int], None] = lambda n: 
     return found
 
 
-# -- the verdict --------------------------------------------------------------------------------------------------------
+# -- the verdict -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Diagnosis:
-    """Which layer's ADC costs most. Accuracies in percent of `images` images, by the trained network in floating point.
+    """Which layer's ADC costs most. Accuracies in percent of `images` images, by the trained
+    network in floating point.
 
-    adc_loss_same_weights: `ideal_top1` - `real_top1`, one network with its ADCs ideal and with its own. That is not the loss
-    of `quantize`, whose twin was trained with ideal ADCs. Every *_se is a paired standard error (train/paired.py). worst: the
-    layer that stands out most, None where none does; worst_by: the column where it does, "loss_alone" or "regained"; reason:
-    of REASONS. layers: rows in network order, as docs/json.md describes them.
+    adc_loss_same_weights: `ideal_top1` - `real_top1`, one network with its ADCs ideal and with its
+    own. That is not the loss of `quantize`, whose twin was trained with ideal ADCs. Every *_se is a
+    paired standard error (train/paired.py). worst: the layer that stands out most, None where none
+    does; worst_by: the column where it does, "loss_alone" or "regained"; reason: of REASONS.
+    layers: rows in network order, as docs/json.md describes them.
     """
 
     source: str
@@ -229,8 +289,11 @@ class Diagnosis:
 NOTHING = {"clip_rate": None, "clip_noise": None, "sqnr": None, "codes_used": None}
 
 
-def layer_rows(found: dict[str, Seen], right: dict[frozenset[str], np.ndarray], names: Collection[str]) -> list[dict[str, Any]]:
-    """A row for each layer: its figures, what it loses alone, what is regained without it, its tiles, and the worst of them.
+def layer_rows(
+    found: dict[str, Seen], right: dict[frozenset[str], np.ndarray], names: Collection[str]
+) -> list[dict[str, Any]]:
+    """A row for each layer: its figures, what it loses alone, what is regained without it, its
+    tiles, and the worst of them.
 
     right: as from `tried`.
     """
@@ -240,14 +303,28 @@ def layer_rows(found: dict[str, Seen], right: dict[frozenset[str], np.ndarray], 
         losses = dict.fromkeys(("loss_alone", "regained"))
         if every in right:
             alone, without = right[every - {name}], right[frozenset({name})]
-            losses = {"loss_alone": paired(right[every], alone), "regained": paired(without, right[none])}
-        figures, tiles = (found[name].figures, found[name].tiles) if name in found else (NOTHING, [])
-        rows.append({"layer": name, **_columns(losses), **figures, "worst_tile": worst_tile(tiles), "tiles": tiles})
+            losses = {
+                "loss_alone": paired(right[every], alone),
+                "regained": paired(without, right[none]),
+            }
+        figures, tiles = (
+            (found[name].figures, found[name].tiles) if name in found else (NOTHING, [])
+        )
+        rows.append(
+            {
+                "layer": name,
+                **_columns(losses),
+                **figures,
+                "worst_tile": worst_tile(tiles),
+                "tiles": tiles,
+            }
+        )
     return rows
 
 
 def _columns(losses: dict[str, Loss | None]) -> dict[str, float | None]:
-    """The columns of losses, each with its standard error; a layer with an ideal ADC loses 0, which is no estimate."""
+    """The columns of losses, each with its standard error; a layer with an ideal ADC loses 0, which
+    is no estimate."""
     columns: dict[str, float | None] = {}
     for name, loss in losses.items():
         columns |= {name: loss.points if loss else 0.0, f"{name}_se": loss.se if loss else None}
@@ -265,8 +342,8 @@ def worst_tile(tiles: list[dict[str, Any]]) -> int | None:
 
 
 def reason(figures: dict[str, Any]) -> str:
-    """Why an ADC does badly, by plain rules. Calibration for the least error clips some per cent at few bits, rightly: what clips is to
-    blame only where it also makes most of the error.
+    """Why an ADC does badly, by plain rules. Calibration for the least error clips some per cent at
+    few bits, rightly: what clips is to blame only where it also makes most of the error.
 
     >>> [reason({"clip_rate": c, "clip_noise": n, "codes_used": 0.3}) for c, n in ((0.02, 0.6), (0.02, 0.4), (0.01, 0.6))]
     ['range too small', 'range too large', 'range too large']
@@ -284,9 +361,11 @@ def significance(row: dict[str, Any], column: str) -> float:
 
 
 def verdict(rows: list[dict[str, Any]], all_adcs: Loss | None) -> dict[str, str | None]:
-    """worst, worst_by, reason and the sentence that says so; all_adcs: what all ADCs cost together, None where all are ideal.
+    """worst, worst_by, reason and the sentence that says so; all_adcs: what all ADCs cost together,
+    None where all are ideal.
 
-    A layer stands out where either column is beyond two paired standard errors; the worst is the one farthest beyond.
+    A layer stands out where either column is beyond two paired standard errors; the worst is the
+    one farthest beyond.
     """
     nobody = {"worst": None, "worst_by": None, "reason": None}
     if all_adcs is None:
@@ -297,24 +376,34 @@ def verdict(rows: list[dict[str, Any]], all_adcs: Loss | None) -> dict[str, str 
         return {**nobody, "sentence": _nobody(all_adcs)}
     sqnr = "no error in the sample" if row["sqnr"] is None else f"SQNR {row['sqnr']:.1f} dB"
     cost = CULPRIT[column].format(points=row[column], se=row[f"{column}_se"])
-    head = f"layer {escaped(row['layer'])} costs most: {cost}; clip {100 * row['clip_rate']:.1f} %, {sqnr}"
+    head = (
+        f"layer {escaped(row['layer'])} costs most: {cost}; clip "
+        f"{100 * row['clip_rate']:.1f} %, {sqnr}"
+    )
     named = {"worst": row["layer"], "worst_by": column, "reason": reason(row)}
     return {**named, "sentence": f"{head}: {REASONS[reason(row)]}"}
 
 
 def _nobody(all_adcs: Loss) -> str:
     verb = "cost" if all_adcs.points >= 0 else "gain"
-    total = f"all ADCs together {verb} {abs(all_adcs.points):.2f} points (standard error {all_adcs.se:.2f})"
+    total = (
+        f"all ADCs together {verb} {abs(all_adcs.points):.2f} points "
+        f"(standard error {all_adcs.se:.2f})"
+    )
     head = "no layer stands out beyond two standard errors"
     if all_adcs.significance <= BEYOND:
         return f"{head}; {total}, which is not significant either"
     return f"{head}, but {total}; use a larger --limit to tell the layers apart"
 
 
-def examine(network: Network, feed: Feed, sample: torch.Tensor, done: Callable[..., None]) -> tuple[dict[str, Seen], dict[str, Any]]:
-    """(what each layer's ADCs do to the reads of `sample`, the fields of a `Diagnosis` that follow from it and from top-1 on the feed).
+def examine(
+    network: Network, feed: Feed, sample: torch.Tensor, done: Callable[..., None]
+) -> tuple[dict[str, Seen], dict[str, Any]]:
+    """(what each layer's ADCs do to the reads of `sample`, the fields of a `Diagnosis` that follow
+    from it and from top-1 on the feed).
 
-    sample: real-valued inputs [N, ...]. done(n, note) after each n of (1 + number of trials) * images; the last note is the verdict.
+    sample: real-valued inputs [N, ...]. done(n, note) after each n of (1 + number of trials) *
+    images; the last note is the verdict.
     """
     names = list(read_layers(network))
     found = look(network, sample)
@@ -327,4 +416,11 @@ def examine(network: Network, feed: Feed, sample: torch.Tensor, done: Callable[.
     done(0, said["sentence"])
     top1 = {"real_top1": percent(real), "ideal_top1": percent(real if ideal is None else ideal)}
     lost = _columns({"adc_loss_same_weights": all_adcs})
-    return found, {"images": len(feed), "sample_images": len(sample), **top1, **lost, **said, "layers": rows}
+    return found, {
+        "images": len(feed),
+        "sample_images": len(sample),
+        **top1,
+        **lost,
+        **said,
+        "layers": rows,
+    }

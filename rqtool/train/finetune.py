@@ -1,7 +1,9 @@
-"""Fine-tuning through the ADC: AdamW on weights, scales and steps, noise that cools and ends hard, selection on held-out images.
+"""Fine-tuning through the ADC: AdamW on weights, scales and steps, noise that cools and ends hard,
+selection on held-out images.
 
-An epoch depends on the recipe, its number and the `Run` before it, on nothing else: an epoch that diverged is done again from there
-at half the rate, and a run that was interrupted goes on from there to the same bits.
+An epoch depends on the recipe, its number and the `Run` before it, on nothing else: an epoch that
+diverged is done again from there at half the rate, and a run that was interrupted goes on from
+there to the same bits.
 """
 
 from __future__ import annotations
@@ -31,13 +33,30 @@ from rqtool.train.rewrite import read_layers
 
 EVAL_BATCH = 250
 NORM_BATCH = 256
-HELD_VALUES = 1 << 26  # numbers in the largest tensor of a batch, where nothing asks for a certain batch
+HELD_VALUES = (
+    1 << 26
+)  # numbers in the largest tensor of a batch, where nothing asks for a certain batch
 ROLL_BACKS = 3  # epochs done again at half the rate, before a run is given up
 EPOCH = "epoch"  # what the name of a candidate begins with that an epoch made
 GRADIENT_PEAK = 5.0  # the norm to which longer gradients are cut
 
-CHOICES = {"calibration": CALIBRATIONS, "rounding": ROUNDINGS, "mode": MODES, "zero": ("fixed", "learned"), "teacher": TEACHERS, "augment": AUGMENTS}
-WHOLE_FIELDS = {"epochs": 0, "ideal_epochs": 0, "batch": 2, "seed": 0, "calibration_images": 2, "norm_images": 2, "held_out": 1}
+CHOICES = {
+    "calibration": CALIBRATIONS,
+    "rounding": ROUNDINGS,
+    "mode": MODES,
+    "zero": ("fixed", "learned"),
+    "teacher": TEACHERS,
+    "augment": AUGMENTS,
+}
+WHOLE_FIELDS = {
+    "epochs": 0,
+    "ideal_epochs": 0,
+    "batch": 2,
+    "seed": 0,
+    "calibration_images": 2,
+    "norm_images": 2,
+    "held_out": 1,
+}
 TINY, HUGE = 1e-12, 1e12
 AUTO = "auto"
 REAL_FIELDS = {
@@ -49,7 +68,8 @@ REAL_FIELDS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune. Temperatures tau are in codes; `hard_share` of the steps at the end run without noise."""
+    """How to fine-tune. Temperatures tau are in codes; `hard_share` of the steps at the end run
+    without noise."""
 
     epochs: int = 2
     ideal_epochs: int = 0  # epochs with an ideal ADC, before these
@@ -77,39 +97,60 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise ConfigError(f"--{name} {escaped(getattr(self, name))} is not known; {suggestion(str(getattr(self, name)), known)}")
+                raise ConfigError(
+                    f"--{name} {escaped(getattr(self, name))} is not known; "
+                    f"{suggestion(str(getattr(self, name)), known)}"
+                )
         for name, low in WHOLE_FIELDS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 if not (name == "held_out" and value is None):
-                    raise ConfigError(f"--{name.replace('_', '-')} must be a whole number of at least {low}, not {escaped(value)}")
+                    raise ConfigError(
+                        f"--{name.replace('_', '-')} must be a whole number of at least "
+                        f"{low}, not {escaped(value)}"
+                    )
         for name, (low, high, what) in REAL_FIELDS.items():
             value = getattr(self, name)
             if name == "lr" and value == AUTO:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and low <= value <= high):
-                raise ConfigError(f"--{name.replace('_', '-')} must be {what}, not {escaped(value)}")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not (math.isfinite(value) and low <= value <= high)
+            ):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} must be {what}, not {escaped(value)}"
+                )
         if self.match and self.teacher == "none":
-            raise ConfigError(f"--match {self.match:g} compares with a teacher, but there is none; give --teacher float as well")
+            raise ConfigError(
+                f"--match {self.match:g} compares with a teacher, but there is none; "
+                "give --teacher float as well"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Feed:
-    """Images as real-valued torch batches: real = pixel * mult + add; these are [C], or have the axes of an image and broadcast."""
+    """Images as real-valued torch batches: real = pixel * mult + add; these are [C], or have the
+    axes of an image and broadcast."""
 
     def __init__(self, images: Images, mult: np.ndarray, add: np.ndarray) -> None:
         self.images = images
         rank = images.x.ndim - 1
-        self.mult, self.add = (torch.tensor(per_channel(a, rank), dtype=torch.float32)[None] for a in (mult, add))
+        self.mult, self.add = (
+            torch.tensor(per_channel(a, rank), dtype=torch.float32)[None] for a in (mult, add)
+        )
 
     def __len__(self) -> int:
         return len(self.images.y)
 
     def real(self, index: Any) -> torch.Tensor:
         """float32 [n, ...] of the images at `index` (a slice or array)."""
-        return torch.from_numpy(np.ascontiguousarray(self.images.x[index])).float() * self.mult + self.add
+        return (
+            torch.from_numpy(np.ascontiguousarray(self.images.x[index])).float() * self.mult
+            + self.add
+        )
 
     def labels(self, index: Any) -> torch.Tensor:
         return torch.from_numpy(np.asarray(self.images.y[index], dtype=np.int64))
@@ -120,8 +161,8 @@ class Feed:
             yield self.real(slice(at, at + size))
 
     def sample(self, count: int, seed: int = 0) -> np.ndarray:
-        """The numbers int64 of at most `count` images, drawn by seed from all, as many of each class as there are to be had; any first
-        part of them is such a sample, too."""
+        """The numbers int64 of at most `count` images, drawn by seed from all, as many of each
+        class as there are to be had; any first part of them is such a sample, too."""
         drawn = shuffled(len(self), seed)
         labels = self.images.y[drawn]
         by_class = np.argsort(labels, kind="stable")
@@ -138,7 +179,8 @@ class Feed:
 
 
 def fitting(shapes: Iterable[tuple[int, ...]], most: int, values: int = HELD_VALUES) -> int:
-    """How many images may go through at once: `most`, or fewer where the largest of the per-sample `shapes` is large; at least 2.
+    """How many images may go through at once: `most`, or fewer where the largest of the per-sample
+    `shapes` is large; at least 2.
 
     >>> fitting([(16, 28, 28)], 250), fitting([(64, 112, 112)], 250)
     (250, 83)
@@ -148,7 +190,9 @@ def fitting(shapes: Iterable[tuple[int, ...]], most: int, values: int = HELD_VAL
 
 def fitting_network(network: Network, most: int, values: int = HELD_VALUES) -> int:
     """The same for the values of a network."""
-    return fitting([network.graph.input_shape, *(n.shape for n in network.graph.nodes)], most, values)
+    return fitting(
+        [network.graph.input_shape, *(n.shape for n in network.graph.nodes)], most, values
+    )
 
 
 @torch.no_grad()
@@ -180,11 +224,22 @@ def rate(peak: float, warmup: float, progress: float) -> float:
 
 
 def optimizer(network: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW at rate 0, for every step sets its own; only weight matrices decay, for scales and batch norm have no reason to shrink."""
-    decayed = [p for p in network.parameters() if p.requires_grad and p.dim() > 1 and p.dtype == torch.float32]
+    """AdamW at rate 0, for every step sets its own; only weight matrices decay, for scales and
+    batch norm have no reason to shrink."""
+    decayed = [
+        p
+        for p in network.parameters()
+        if p.requires_grad and p.dim() > 1 and p.dtype == torch.float32
+    ]
     ids = {id(p) for p in decayed}
     others = [p for p in network.parameters() if p.requires_grad and id(p) not in ids]
-    return torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}], lr=0.0)
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=0.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -207,11 +262,17 @@ def consider(name: str, network: Network, held: Feed, best: Candidate | None) ->
     return now if now.better_than(best) else best
 
 
-def consider_norms(name: str, network: Network, train: Feed, held: Feed, recipe: Recipe, best: Candidate | None) -> Candidate:
-    """As `consider`, first as it is and then with batch norm re-estimated; the network is left as it came."""
+def consider_norms(
+    name: str, network: Network, train: Feed, held: Feed, recipe: Recipe, best: Candidate | None
+) -> Candidate:
+    """As `consider`, first as it is and then with batch norm re-estimated; the network is left as
+    it came."""
     best = consider(name, network, held, best)
     state = copy.deepcopy(network.state_dict())
-    reestimate_norms(network, train.sampled(fitting_network(network, NORM_BATCH), recipe.norm_images, recipe.seed))
+    reestimate_norms(
+        network,
+        train.sampled(fitting_network(network, NORM_BATCH), recipe.norm_images, recipe.seed),
+    )
     best = consider(f"{name}, batch norm re-estimated", network, held, best)
     network.load_state_dict(state)
     return best
@@ -219,8 +280,9 @@ def consider_norms(name: str, network: Network, train: Feed, held: Feed, recipe:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch came to. top1, loss: of the better of its candidates on the held-out images; first_loss, last_loss: the
-    training loss, a mean over the first and over the last tenth of its steps."""
+    """What one epoch came to. top1, loss: of the better of its candidates on the held-out images;
+    first_loss, last_loss: the training loss, a mean over the first and over the last tenth of its
+    steps."""
 
     number: int
     top1: float
@@ -231,10 +293,12 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Run:
-    """Fine-tuning between two epochs: all that the next one starts from. history: the epochs done, in order.
+    """Fine-tuning between two epochs: all that the next one starts from. history: the epochs done,
+    in order.
 
-    epoch: epochs done. roll_backs: epochs that diverged so far; each halved the rate. network: the state of the network; optim: what
-    AdamW keeps of each parameter, "NUMBER/NAME" (empty before the first step).
+    epoch: epochs done. roll_backs: epochs that diverged so far; each halved the rate. network: the
+    state of the network; optim: what AdamW keeps of each parameter, "NUMBER/NAME" (empty before the
+    first step).
     """
 
     epoch: int
@@ -254,10 +318,12 @@ def finetune(
     network: Network, train: Feed, held: Feed, recipe: Recipe, best: Candidate, step_done: Callable[[float], None] = lambda loss: None, *,
     teacher: Teacher | None = None, start: Run | None = None, epoch_done: Callable[[Run], None] = lambda run: None,
 ) -> Run:  # fmt: skip
-    """Train until `recipe.epochs` epochs are done; `network` ends in the state of the run's best candidate (`best` is the first).
+    """Train until `recipe.epochs` epochs are done; `network` ends in the state of the run's best
+    candidate (`best` is the first).
 
-    start: go on from there. step_done(loss) is called after each step, epoch_done(run) after each epoch and roll-back. An epoch that
-    diverges is done again at half the rate; raises CheckError where that has not helped three times.
+    start: go on from there. step_done(loss) is called after each step, epoch_done(run) after each
+    epoch and roll-back. An epoch that diverges is done again at half the rate; raises CheckError
+    where that has not helped three times.
     """
     for layer in read_layers(network).values():
         if layer.zero_can_move():
@@ -271,7 +337,9 @@ def finetune(
             now = consider_norms(f"{EPOCH} {run.epoch + 1}", network, train, held, recipe, None)
             best = now if now.better_than(run.best) else run.best
             history = (*run.history, _epoch_row(run.epoch + 1, now, losses))
-            run = replace(_run(run.epoch + 1, run.roll_backs, best, network, optim), history=history)
+            run = replace(
+                _run(run.epoch + 1, run.roll_backs, best, network, optim), history=history
+            )
         except CheckError as e:
             run = _rolled_back(run, recipe, e)
         epoch_done(run)
@@ -281,28 +349,50 @@ def finetune(
 
 
 def _epoch(
-    network: Network, optim: torch.optim.Optimizer, train: Feed, recipe: Recipe, run: Run, teacher: Teacher | None, step_done: Callable[[float], None]
+    network: Network,
+    optim: torch.optim.Optimizer,
+    train: Feed,
+    recipe: Recipe,
+    run: Run,
+    teacher: Teacher | None,
+    step_done: Callable[[float], None],
 ) -> list[float]:
     """The loss of each step."""
     network.train()
     losses = []
     torch.manual_seed(_seed(recipe.seed, run.epoch))
-    order, per_epoch = batch_order(len(train), recipe.seed, run.epoch), steps_per_epoch(len(train), recipe)
+    order, per_epoch = (
+        batch_order(len(train), recipe.seed, run.epoch),
+        steps_per_epoch(len(train), recipe),
+    )
     first, total, process = run.epoch * per_epoch, recipe.epochs * per_epoch, Watched()
     for step in range(first, first + per_epoch):
         index = np.sort(order[(step - first) * recipe.batch : (step - first + 1) * recipe.batch])
         _prepare(network, optim, recipe, step, total, 0.5**run.roll_backs)
-        x, labels = augmented(train.real(index), recipe.augment, (recipe.seed, step)), train.labels(index)
-        loss = partial(teacher.lesson, index=index, remaining=1 - step / total) if teacher else untaught
+        x, labels = (
+            augmented(train.real(index), recipe.augment, (recipe.seed, step)),
+            train.labels(index),
+        )
+        loss = (
+            partial(teacher.lesson, index=index, remaining=1 - step / total)
+            if teacher
+            else untaught
+        )
         try:
             losses.append(train_step(network, optim, partial(loss, network, x, labels)))
             step_done(losses[-1])
             process.step_done()
         except FloatingPointError as e:
-            raise CheckError(f"{e} after {step} of {total} steps; lower --lr {recipe.lr:g}, or check the model's weights and the images") from e
+            raise CheckError(
+                f"{e} after {step} of {total} steps; lower --lr {recipe.lr:g}, or "
+                "check the model's weights and the images"
+            ) from e
     _quiet(network)
     if not all(torch.isfinite(value).all() for value in network.state_dict().values()):
-        raise CheckError(f"a weight is not a number after {first + per_epoch} of {total} steps; lower --lr {recipe.lr:g}")
+        raise CheckError(
+            f"a weight is not a number after {first + per_epoch} of {total} "
+            f"steps; lower --lr {recipe.lr:g}"
+        )
     return losses
 
 
@@ -313,7 +403,8 @@ def _epoch_row(number: int, now: Candidate, losses: list[float]) -> Epoch:
 
 
 def batch_order(images: int, seed: int, epoch: int) -> np.ndarray:
-    """The order int64 [images] in which an epoch takes the images: the (epoch + 1)-th permutation of the seed's stream."""
+    """The order int64 [images] in which an epoch takes the images: the (epoch + 1)-th permutation
+    of the seed's stream."""
     stream = np.random.default_rng(seed)
     for _ in range(epoch):
         stream.permutation(images)
@@ -324,8 +415,14 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
-def _run(epoch: int, roll_backs: int, best: Candidate, network: Network, optim: torch.optim.Optimizer) -> Run:
-    kept = {f"{number}/{name}": value.clone() for number, values in optim.state_dict()["state"].items() for name, value in values.items()}
+def _run(
+    epoch: int, roll_backs: int, best: Candidate, network: Network, optim: torch.optim.Optimizer
+) -> Run:
+    kept = {
+        f"{number}/{name}": value.clone()
+        for number, values in optim.state_dict()["state"].items()
+        for name, value in values.items()
+    }
     return Run(epoch, roll_backs, best, copy.deepcopy(network.state_dict()), kept)
 
 
@@ -340,9 +437,13 @@ def _restore(run: Run, network: Network, optim: torch.optim.Optimizer) -> None:
 
 
 def _rolled_back(run: Run, recipe: Recipe, e: CheckError) -> Run:
-    """The run before the epoch that diverged, at half the rate; raises CheckError where that was done often enough."""
+    """The run before the epoch that diverged, at half the rate; raises CheckError where that was
+    done often enough."""
     if run.roll_backs == ROLL_BACKS:
-        where = f"epoch {run.epoch + 1} of {recipe.epochs} diverged, also after {ROLL_BACKS} roll-backs to half the rate each"
+        where = (
+            f"epoch {run.epoch + 1} of {recipe.epochs} diverged, also after "
+            f"{ROLL_BACKS} roll-backs to half the rate each"
+        )
         raise CheckError(f"{where}: {e}") from e
     return replace(run, roll_backs=run.roll_backs + 1)
 
@@ -352,12 +453,23 @@ def steps_per_epoch(images: int, recipe: Recipe) -> int:
     return max(1, images // recipe.batch)
 
 
-def _prepare(network: Network, optim: torch.optim.Optimizer, recipe: Recipe, step: int, total: int, share: float) -> None:
+def _prepare(
+    network: Network,
+    optim: torch.optim.Optimizer,
+    recipe: Recipe,
+    step: int,
+    total: int,
+    share: float,
+) -> None:
     for group in optim.param_groups:
         group["lr"] = share * rate(recipe.lr, recipe.warmup, step / total)
     tau = temperature(recipe, step / total)
     for n, layer in enumerate(read_layers(network).values()):
-        layer.relaxation = None if tau is None else Relaxation(tau, (recipe.seed * 1_000_003 + step) * 1024 + n, recipe.mode)
+        layer.relaxation = (
+            None
+            if tau is None
+            else Relaxation(tau, (recipe.seed * 1_000_003 + step) * 1024 + n, recipe.mode)
+        )
 
 
 def _quiet(network: Network) -> None:
@@ -370,9 +482,11 @@ def untaught(network: Network, x: torch.Tensor, labels: torch.Tensor) -> torch.T
     return F.cross_entropy(network(x), labels)
 
 
-def train_step(network: Network, optim: torch.optim.Optimizer, loss_of: Callable[[], torch.Tensor]) -> float:
-    """The loss of a batch, loss_of(), before the step it makes. Raises FloatingPointError, and makes no step, where loss or gradient is no
-    number."""
+def train_step(
+    network: Network, optim: torch.optim.Optimizer, loss_of: Callable[[], torch.Tensor]
+) -> float:
+    """The loss of a batch, loss_of(), before the step it makes. Raises FloatingPointError, and
+    makes no step, where loss or gradient is no number."""
     optim.zero_grad(set_to_none=True)
     loss = loss_of()
     if not torch.isfinite(loss):

@@ -21,23 +21,43 @@ from rqtool.train.rewrite import read_layers
 def frozen_layer(layer: ReadLayer) -> Frozen:
     """The integers of one layer."""
     g, macro = layer.plan.geometry, layer.plan.macro
-    weight = layer.weight_codes().to(torch.int8).view(g.columns, g.channels // g.groups, *g.kernel).numpy()
+    weight = (
+        layer.weight_codes()
+        .to(torch.int8)
+        .view(g.columns, g.channels // g.groups, *g.kernel)
+        .numpy()
+    )
     adc, consts, unit = _adc(layer, macro)
     if macro.pack == "spread":
         consts["order"] = layer.order.numpy().astype(np.int32)
     bias = np.zeros(g.columns) if layer.bias is None else layer.bias.double().numpy()
     norm = None if layer.norm is None else norm_of(layer.norm, float(layer.norm.unit))
-    return Frozen(weight, int(layer.input.zero), float(layer.input.scale), layer.weights.scale.double().numpy(), unit, bias, adc, consts, norm)
+    return Frozen(
+        weight,
+        int(layer.input.zero),
+        float(layer.input.scale),
+        layer.weights.scale.double().numpy(),
+        unit,
+        bias,
+        adc,
+        consts,
+        norm,
+    )
 
 
 def _adc(layer: ReadLayer, macro: Macro) -> tuple[dict, dict[str, np.ndarray], np.ndarray]:
     if macro.ideal:
         return {"kind": "ideal"}, {}, np.ones(1)
     if macro.levels == "free":
-        consts = {"thresholds": layer.thresholds.numpy().astype(np.int32), "levels": layer.levels.numpy().astype(np.int32)}
+        consts = {
+            "thresholds": layer.thresholds.numpy().astype(np.int32),
+            "levels": layer.levels.numpy().astype(np.int32),
+        }
         return {"kind": "free"}, consts, layer.unit.numpy()
     numbers = layer.adc()
-    consts = {role: getattr(numbers, role).numpy().astype(np.int32) for role in ("mult", "zero", "gain")}
+    consts = {
+        role: getattr(numbers, role).numpy().astype(np.int32) for role in ("mult", "zero", "gain")
+    }
     return {"kind": "uniform", "shift": macro.shift, "top": macro.top}, consts, numbers.unit.numpy()
 
 
@@ -47,7 +67,9 @@ def norm_of(module: nn.Module, unit: float = 1.0) -> Norm:
     mult = 1 / torch.sqrt(module.running_var.double() + module.eps)
     if module.weight is not None:
         mult = mult * module.weight.double()
-    add = -module.running_mean.double() * mult + (0 if module.bias is None else module.bias.double())
+    add = -module.running_mean.double() * mult + (
+        0 if module.bias is None else module.bias.double()
+    )
     return Norm((mult / unit).numpy(), add.numpy())
 
 
@@ -65,14 +87,21 @@ def peaks_of(network: Network, batches: Iterable[torch.Tensor]) -> dict[str, flo
     return peaks
 
 
-def lower(network: Network, macro: Macro, peaks: dict[str, float], pixels: Norm, whole: bool) -> tuple[Program, Numbers]:
-    """The integer program of a network, and the numbers with which train/served.py computes the same. peaks: as from `peaks_of` on
-    calibration images, for the ranges of the grids; pixels: real = pixel * mult + add; whole: pixels are uint8, not float32."""
+def lower(
+    network: Network, macro: Macro, peaks: dict[str, float], pixels: Norm, whole: bool
+) -> tuple[Program, Numbers]:
+    """The integer program of a network, and the numbers with which train/served.py computes the
+    same. peaks: as from `peaks_of` on calibration images, for the ranges of the grids; pixels: real
+    = pixel * mult + add; whole: pixels are uint8, not float32."""
     layers = {name: frozen_layer(layer) for name, layer in read_layers(network).items()}
-    norms = {n.name: norm_of(network.layer(n.name)) for n in network.graph.nodes if n.op == "batch_norm"}
+    norms = {
+        n.name: norm_of(network.layer(n.name)) for n in network.graph.nodes if n.op == "batch_norm"
+    }
     return Freezer(network.graph, macro, layers, norms, peaks).run(pixels, whole)
 
 
-def freeze(network: Network, macro: Macro, peaks: dict[str, float], pixels: Norm, whole: bool) -> Program:
+def freeze(
+    network: Network, macro: Macro, peaks: dict[str, float], pixels: Norm, whole: bool
+) -> Program:
     """The integer program alone; arguments as in `lower`."""
     return lower(network, macro, peaks, pixels, whole)[0]

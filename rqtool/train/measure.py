@@ -1,4 +1,5 @@
-"""What is measured of a network: top-1 of its integer program, that of the network in floating point, and how its ADCs are used."""
+"""What is measured of a network: top-1 of its integer program, that of the network in floating
+point, and how its ADCs are used."""
 
 from __future__ import annotations
 
@@ -23,9 +24,16 @@ from rqtool.train.rewrite import read_layers
 from rqtool.train.served import Served
 
 
-def predictions(program: Program, images: Images, done: Callable[[int], None] = lambda n: None) -> np.ndarray:
-    """int64 [N]: the class with the largest score in the integer program, the first one on a tie. done(n) after each n images."""
-    runner, parts, size = Runner(program), [], fitting([t.shape for t in program.tensors.values()], EVAL_BATCH)
+def predictions(
+    program: Program, images: Images, done: Callable[[int], None] = lambda n: None
+) -> np.ndarray:
+    """int64 [N]: the class with the largest score in the integer program, the first one on a tie.
+    done(n) after each n images."""
+    runner, parts, size = (
+        Runner(program),
+        [],
+        fitting([t.shape for t in program.tensors.values()], EVAL_BATCH),
+    )
     for at in range(0, len(images), size):
         x = torch.from_numpy(np.ascontiguousarray(images.x[at : at + size]))
         parts.append(runner(x).argmax(1).numpy())
@@ -36,13 +44,17 @@ def predictions(program: Program, images: Images, done: Callable[[int], None] = 
 def real_predictions(served: Served, images: Images) -> np.ndarray:
     """The same by the network itself, node by node in floating point."""
     size = fitting_network(served, EVAL_BATCH, HELD_VALUES // 2)  # open sums are float64
-    parts = (torch.from_numpy(np.ascontiguousarray(images.x[at : at + size])) for at in range(0, len(images), size))
+    parts = (
+        torch.from_numpy(np.ascontiguousarray(images.x[at : at + size]))
+        for at in range(0, len(images), size)
+    )
     return np.concatenate([served(x).argmax(1).numpy() for x in parts])
 
 
 @torch.no_grad()
 def hits(network: Network, feed: Feed, done: Callable[[int], None] = lambda n: None) -> np.ndarray:
-    """bool [N]: whether the largest score is the label's, in eval mode; done(n) after each n images."""
+    """bool [N]: whether the largest score is the label's, in eval mode; done(n) after each n
+    images."""
     network.eval()
     parts, size = [], fitting_network(network, EVAL_BATCH)
     for at in range(0, len(feed), size):
@@ -58,7 +70,8 @@ def percent(hits: np.ndarray) -> float:
 
 @contextmanager
 def ideal_adcs(network: Network, names: Collection[str]) -> Iterator[None]:
-    """Within: the layers `names` are read by ideal ADCs, all others by their own; afterwards all are as before."""
+    """Within: the layers `names` are read by ideal ADCs, all others by their own; afterwards all
+    are as before."""
     layers = read_layers(network)
     before = {name: layer.ideal_adc for name, layer in layers.items()}
     try:
@@ -71,7 +84,8 @@ def ideal_adcs(network: Network, names: Collection[str]) -> Iterator[None]:
 
 
 def clip_rate(histogram: np.ndarray, layer: ReadLayer) -> float:
-    """The share of reads whose partial sum lies beyond full scale; histogram as from `partial_sum_histogram`."""
+    """The share of reads whose partial sum lies beyond full scale; histogram as from
+    `partial_sum_histogram`."""
     bounds = clip_bounds(layer)
     p = np.arange(layer.plan.macro.p_min, layer.plan.macro.p_max + 1)
     clipped = sum(int(row[(p < lo) | (p > hi)].sum()) for row, (lo, hi) in zip(histogram, bounds))
@@ -84,12 +98,24 @@ def clip_bounds(layer: ReadLayer) -> list[tuple[int, int]]:
     if macro.levels == "free":
         return [(int(lo), int(hi)) for lo, hi in zip(*layer.level_ends())]
     numbers = layer.adc()
-    groups = zip(*(a.expand(group_shape(layer.plan)).flatten().tolist() for a in (numbers.mult, numbers.zero)))
-    return [adc.clip_bounds(adc.uniform_thresholds(mult, macro.shift, zero, macro.top), 2.0**macro.shift / mult) for mult, zero in groups]
+    groups = zip(
+        *(
+            a.expand(group_shape(layer.plan)).flatten().tolist()
+            for a in (numbers.mult, numbers.zero)
+        )
+    )
+    return [
+        adc.clip_bounds(
+            adc.uniform_thresholds(mult, macro.shift, zero, macro.top), 2.0**macro.shift / mult
+        )
+        for mult, zero in groups
+    ]
 
 
 @contextmanager
-def watched(network: Network, watch: Callable[[str, ReadLayer, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+def watched(
+    network: Network, watch: Callable[[str, ReadLayer, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
     """Within: watch(name, layer, padded input codes, weights) sees each call of a layer."""
     layers = read_layers(network)
     for name, layer in layers.items():
@@ -103,7 +129,8 @@ def watched(network: Network, watch: Callable[[str, ReadLayer, torch.Tensor, tor
 
 @torch.no_grad()
 def layer_table(network: Network, x: torch.Tensor) -> list[dict[str, Any]]:
-    """One row per layer: its cost for one image (as Plan.cost), input and step in numbers, clip rate on real-valued inputs x."""
+    """One row per layer: its cost for one image (as Plan.cost), input and step in numbers, clip
+    rate on real-valued inputs x."""
     rows: dict[str, dict[str, Any]] = {}
 
     def watch(name: str, layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> None:
@@ -112,14 +139,24 @@ def layer_table(network: Network, x: torch.Tensor) -> list[dict[str, Any]]:
     with watched(network, watch):
         network.eval()(x)
     shapes = {n.name: n.shape for n in network.graph.convs()}
-    return [{**layer.plan.cost(prod(shapes[name]) // layer.plan.geometry.columns), **rows[name]} for name, layer in read_layers(network).items()]
+    return [
+        {**layer.plan.cost(prod(shapes[name]) // layer.plan.geometry.columns), **rows[name]}
+        for name, layer in read_layers(network).items()
+    ]
 
 
 def _row(layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
-    row: dict[str, Any] = {"input_scale": float(layer.input.scale), "input_zero": int(layer.input.zero)}
+    row: dict[str, Any] = {
+        "input_scale": float(layer.input.scale),
+        "input_zero": int(layer.input.zero),
+    }
     if layer.plan.macro.ideal:
         return row | {"step": None, "zero": None, "clip_rate": 0.0}
     histogram = partial_sum_histogram(codes, weight, layer.plan)
     free = layer.plan.macro.levels == "free"
     step = None if free else float(layer.adc().step.mean())
-    return row | {"step": step, "zero": None if free else int(layer.zero.median()), "clip_rate": clip_rate(histogram, layer)}
+    return row | {
+        "step": step,
+        "zero": None if free else int(layer.zero.median()),
+        "clip_rate": clip_rate(histogram, layer),
+    }

@@ -1,15 +1,18 @@
-"""How sure a loss is: the difference of two networks on the same images, and the mean of a figure over seeds.
+"""How sure a loss is: the difference of two networks on the same images, and the mean of a figure
+over seeds.
 
-Two networks that see the same images agree on most of them, and what both get right or both get wrong says nothing about
-their difference. What counts are the discordant images: `lost` that only the first gets right, `gained` that only the
-second does. With d = 1, -1 or 0 per image the loss is mean(d), and its standard error that of the mean of n such numbers:
+Two networks that see the same images agree on most of them, and what both get right or both get
+wrong says nothing about their difference. What counts are the discordant images: `lost` that only
+the first gets right, `gained` that only the second does. With d = 1, -1 or 0 per image the loss is
+mean(d), and its standard error that of the mean of n such numbers:
 
     loss = 100 (lost - gained) / n points
     se   = 100 sqrt((mean(d**2) - mean(d)**2) / n) points
 
-McNemar's test asks whether lost and gained differ by more than chance; its statistic (lost - gained)**2 / (lost + gained)
-is (loss / se)**2 where mean(d)**2 is left out, as it is under "no difference". Errors that treat the networks as if they
-had seen different images are several times larger and hide real losses.
+McNemar's test asks whether lost and gained differ by more than chance; its statistic (lost -
+gained)**2 / (lost + gained) is (loss / se)**2 where mean(d)**2 is left out, as it is under "no
+difference". Errors that treat the networks as if they had seen different images are several times
+larger and hide real losses.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ STUDENT = (
 
 @dataclass(frozen=True)
 class Loss:
-    """A difference in points of top-1. se: its standard error; interval: 95 %, from -100 to 100 at most."""
+    """A difference in points of top-1. se: its standard error; interval: 95 %, from -100 to 100 at
+    most."""
 
     points: float
     se: float
@@ -49,20 +53,27 @@ class Loss:
 
 
 def paired(before: np.ndarray, after: np.ndarray) -> Loss:
-    """What `after` loses against `before`; both are bool [N], whether a network is right on each of the same images.
+    """What `after` loses against `before`; both are bool [N], whether a network is right on each of
+    the same images.
 
-    Where no image differs (or every image does, the same way) the formula would give an error of 0, which n images cannot
-    show: the error is then what one image is worth, 100 / n points, and the interval reaches 300 / n points to either side
-    (the rule of three). Raises ValueError where the arrays do not belong together.
+    Where no image differs (or every image does, the same way) the formula would give an error of 0,
+    which n images cannot show: the error is then what one image is worth, 100 / n points, and the
+    interval reaches 300 / n points to either side (the rule of three). Raises ValueError where the
+    arrays do not belong together.
 
     >>> loss = paired(np.array([True] * 9 + [False]), np.array([True] * 7 + [False] * 3))
     >>> loss.points, round(loss.se, 3), [round(end, 2) for end in loss.interval]
     (20.0, 12.649, [-4.79, 44.79])
     """
     if before.shape != after.shape or before.ndim != 1 or not before.size:
-        raise ValueError(f"hits must be two arrays of the same length, not {before.shape} and {after.shape}")
+        raise ValueError(
+            f"hits must be two arrays of the same length, not {before.shape} and {after.shape}"
+        )
     n, lost, gained = before.size, int((before & ~after).sum()), int((after & ~before).sum())
-    points, variance = 100 * (lost - gained) / n, (n * (lost + gained) - (lost - gained) ** 2) / n**2
+    points, variance = (
+        100 * (lost - gained) / n,
+        (n * (lost + gained) - (lost - gained) ** 2) / n**2,
+    )
     se = 100 * math.sqrt(variance / n) if variance else 100 / n
     reach = NORMAL * se if variance else RULE_OF_THREE * se
     return Loss(points, se, (max(-100.0, points - reach), min(100.0, points + reach)))
@@ -70,9 +81,10 @@ def paired(before: np.ndarray, after: np.ndarray) -> Loss:
 
 @dataclass(frozen=True)
 class Seeds:
-    """A figure over seeds. se: the standard error of the mean, sd / sqrt(n) with n - 1 in sd; interval: 95 %, by Student's
-    t. Both are None for a single seed, which says nothing about others; interval also where all seeds agree to the last digit,
-    because an interval needs a spread to follow from."""
+    """A figure over seeds. se: the standard error of the mean, sd / sqrt(n) with n - 1 in sd;
+    interval: 95 %, by Student's t. Both are None for a single seed, which says nothing about
+    others; interval also where all seeds agree to the last digit, because an interval needs a
+    spread to follow from."""
 
     mean: float
     se: float | None
@@ -97,7 +109,8 @@ def over_seeds(values: Sequence[float]) -> Seeds:
 
 
 def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t: from the table, and beyond it by the first terms of its expansion.
+    """The 97.5 % quantile of Student's t: from the table, and beyond it by the first terms of its
+    expansion.
 
     >>> student(2), round(student(60), 4), round(student(10**6), 4)
     (4.3027, 2.0003, 1.96)

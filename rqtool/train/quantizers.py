@@ -1,10 +1,12 @@
-"""Learned quantisers of inputs and weights (LSQ: Esser et al., ICLR 2020), with the scale kept as a logarithm.
+"""Learned quantisers of inputs and weights (LSQ: Esser et al., ICLR 2020), with the scale kept as a
+logarithm.
 
     input    x ~ s * (X - z)      X = clamp(floor(x / s + z + 1/2), 0, 2**in_bits - 1)     z = 0 for unsigned inputs
     weight   w ~ s[o] * W         W = clamp(floor(w / s[o] + 1/2), -Qw, Qw)
 
-The functions return whole numbers as floats; rounding passes gradients straight through. A logarithm keeps scales positive and
-makes an Adam step a relative change, so no gradient scaling is needed. Rounding is half up, as in the integer program.
+The functions return whole numbers as floats; rounding passes gradients straight through. A
+logarithm keeps scales positive and makes an Adam step a relative change, so no gradient scaling is
+needed. Rounding is half up, as in the integer program.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ def exp_scale(log_scale: torch.Tensor) -> torch.Tensor:
 
 
 def snap_scale(scale: torch.Tensor) -> torch.Tensor:
-    """The scale next to `scale` whose inverse has a 10-bit mantissa, with gradient 1: the integer program then multiplies by it
-    exactly (program/freeze.py), and what is trained is what is served.
+    """The scale next to `scale` whose inverse has a 10-bit mantissa, with gradient 1: the integer
+    program then multiplies by it exactly (program/freeze.py), and what is trained is what is
+    served.
 
     >>> float(1 / snap_scale(torch.tensor(1 / 300.2))), float(1 / snap_scale(torch.tensor(1 / 3000.9)))
     (300.0, 3000.0)
@@ -41,10 +44,18 @@ def snap_scale(scale: torch.Tensor) -> torch.Tensor:
 
 
 class _Codes(torch.autograd.Function):
-    """clamp(floor(x / s + z + 1/2), 0, peak) in one pass; within range d/dx = 1 / s and d/d(log s) = -x / s, beyond it both are 0."""
+    """clamp(floor(x / s + z + 1/2), 0, peak) in one pass; within range d/dx = 1 / s and d/d(log s)
+    = -x / s, beyond it both are 0."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, log_scale: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, peak: int) -> torch.Tensor:
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        log_scale: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        peak: int,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, scale, zero)
         ctx.peak = peak
         return (x / scale).add_(zero + 0.5).floor_().clamp_(0, peak)
@@ -76,14 +87,26 @@ class InputQuantizer(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, x: torch.Tensor) -> None:
-        """The scale (and for inputs below zero the zero code) of least squared error on a sample of x."""
+        """The scale (and for inputs below zero the zero code) of least squared error on a sample of
+        x."""
         values = sample(x, 1 << 16)
         low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
         if high == low:
             high = 1.0
         whole = (high - low) / self.peak
-        zeros = [0] if low == 0 else sorted({min(self.peak, max(1, round(-low / whole) + d)) for d in (-1, 0, 1)})
-        best = min(((self._error(values, whole * f, z), whole * f, z) for z in zeros for f in torch.linspace(0.15, 1.2, GRID).tolist()), key=lambda c: c[0])
+        zeros = (
+            [0]
+            if low == 0
+            else sorted({min(self.peak, max(1, round(-low / whole) + d)) for d in (-1, 0, 1)})
+        )
+        best = min(
+            (
+                (self._error(values, whole * f, z), whole * f, z)
+                for z in zeros
+                for f in torch.linspace(0.15, 1.2, GRID).tolist()
+            ),
+            key=lambda c: c[0],
+        )
         self.log_scale.fill_(torch.tensor(best[1]).log())
         self.zero.fill_(best[2])
 

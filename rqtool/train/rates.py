@@ -1,7 +1,9 @@
-"""The learning rate of a job, found by short tests: a network that is nearly right already is easily trained worse.
+"""The learning rate of a job, found by short tests: a network that is nearly right already is
+easily trained worse.
 
-Each test trains from the calibrated state on the first batches of the first epoch, with the schedule of a whole run squeezed into a
-few steps, and is judged by its loss on other training images. Neighbouring rates are tried as long as they are better.
+Each test trains from the calibrated state on the first batches of the first epoch, with the
+schedule of a whole run squeezed into a few steps, and is judged by its loss on other training
+images. Neighbouring rates are tried as long as they are better.
 """
 
 from __future__ import annotations
@@ -16,7 +18,18 @@ import torch
 from rqtool.model.network import Network
 from rqtool.train.calibrate import reestimate_norms
 from rqtool.train.distill import Teacher
-from rqtool.train.finetune import NORM_BATCH, Feed, Recipe, batch_order, fitting_network, optimizer, rate, steps_per_epoch, train_step, untaught
+from rqtool.train.finetune import (
+    NORM_BATCH,
+    Feed,
+    Recipe,
+    batch_order,
+    fitting_network,
+    optimizer,
+    rate,
+    steps_per_epoch,
+    train_step,
+    untaught,
+)
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 FIRST = RATES.index(1e-3)
@@ -26,8 +39,15 @@ FEWEST = 8
 JUDGES = 512  # training images
 
 
-def find_rate(network: Network, train: Feed, recipe: Recipe, teacher: Teacher | None, done: Callable[..., None] = lambda n, note: None) -> float:
-    """The rate of RATES whose test ends with the least loss; the network is left as it came. done(1, note) after each test."""
+def find_rate(
+    network: Network,
+    train: Feed,
+    recipe: Recipe,
+    teacher: Teacher | None,
+    done: Callable[..., None] = lambda n, note: None,
+) -> float:
+    """The rate of RATES whose test ends with the least loss; the network is left as it came.
+    done(1, note) after each test."""
     losses: dict[int, float] = {}
 
     def loss(place: int) -> float:
@@ -52,7 +72,9 @@ def steps_of_a_test(images: int, recipe: Recipe) -> int:
     return min(STEPS, max(FEWEST, int(SHARE * recipe.epochs * steps_per_epoch(images, recipe))))
 
 
-def _tested(network: Network, train: Feed, recipe: Recipe, teacher: Teacher | None, lr: float) -> float:
+def _tested(
+    network: Network, train: Feed, recipe: Recipe, teacher: Teacher | None, lr: float
+) -> float:
     """The loss after a test at one rate; infinite where it diverges."""
     start = copy.deepcopy(network.state_dict())
     judges = train.sample(JUDGES, recipe.seed + 1)
@@ -67,15 +89,23 @@ def _tested(network: Network, train: Feed, recipe: Recipe, teacher: Teacher | No
         network.eval()
 
 
-def _train(network: Network, train: Feed, recipe: Recipe, teacher: Teacher | None, lr: float) -> None:
+def _train(
+    network: Network, train: Feed, recipe: Recipe, teacher: Teacher | None, lr: float
+) -> None:
     network.train()
     optim, count = optimizer(network, recipe.weight_decay), steps_of_a_test(len(train), recipe)
     order = batch_order(len(train), recipe.seed, 0)
     for step in range(count):
-        index = np.sort(np.take(order, range(step * recipe.batch, (step + 1) * recipe.batch), mode="wrap"))
+        index = np.sort(
+            np.take(order, range(step * recipe.batch, (step + 1) * recipe.batch), mode="wrap")
+        )
         for group in optim.param_groups:
             group["lr"] = rate(lr, recipe.warmup, (step + 1) / (count + 1))
-        train_step(network, optim, partial(_loss(teacher, index), network, train.real(index), train.labels(index)))
+        train_step(
+            network,
+            optim,
+            partial(_loss(teacher, index), network, train.real(index), train.labels(index)),
+        )
 
 
 def _loss(teacher: Teacher | None, index: np.ndarray) -> Callable[..., torch.Tensor]:
@@ -87,6 +117,8 @@ def _judged(network: Network, train: Feed, judges: np.ndarray, teacher: Teacher 
     size, total = fitting_network(network, NORM_BATCH), 0.0
     for at in range(0, len(judges), size):
         index = judges[at : at + size]
-        total += len(index) * float(_loss(teacher, index)(network, train.real(index), train.labels(index)))
+        total += len(index) * float(
+            _loss(teacher, index)(network, train.real(index), train.labels(index))
+        )
     loss = total / len(judges)
     return loss if np.isfinite(loss) else float("inf")

@@ -1,22 +1,23 @@
-"""Differentiable reads: planes with straight-through gradients, and the fused forward and backward of kernels/."""
+"""Differentiable reads: planes with straight-through gradients, and the fused forward and backward
+of kernels/."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 
 from rqtool.kernels import choose
-from rqtool.kernels.spec import ReadSpec, Tables
+from rqtool.kernels.spec import ReadSpec
 from rqtool.mapping.planes import Plane, extract
 
 ALL = 1 << 30  # images
 
 
 class _Plane(torch.autograd.Function):
-    """One plane of whole numbers q; backward hands `share` of the gradient on, so that the planes together give q its own."""
+    """One plane of whole numbers q; backward hands `share` of the gradient on, so that the planes
+    together give q its own."""
 
     @staticmethod
     def forward(ctx, q: torch.Tensor, plane: Plane, share: float) -> torch.Tensor:
@@ -32,20 +33,36 @@ class _Plane(torch.autograd.Function):
 
 
 def split_planes(q: torch.Tensor, planes: tuple[Plane, ...]) -> list[torch.Tensor]:
-    """The planes of whole numbers q (float). d q = sum_j share_j * d plane_j, where share_j * factor_j sums to 1 over the
-    planes of one polarity, in proportion to the range each plane covers: with an ideal ADC the gradient of q is exact."""
+    """The planes of whole numbers q (float). d q = sum_j share_j * d plane_j, where share_j *
+    factor_j sums to 1 over the planes of one polarity, in proportion to the range each plane
+    covers: with an ideal ADC the gradient of q is exact."""
     if len(planes) == 1 and planes[0].part == "all":
         return [q]
-    reach = {part: sum(abs(p.factor) * p.peak for p in planes if p.part == part) for part in {p.part for p in planes}}
-    return [_Plane.apply(q, p, p.peak * (1 if p.factor > 0 else -1) / reach[p.part]) for p in planes]
+    reach = {
+        part: sum(abs(p.factor) * p.peak for p in planes if p.part == part)
+        for part in {p.part for p in planes}
+    }
+    return [
+        _Plane.apply(q, p, p.peak * (1 if p.factor > 0 else -1) / reach[p.part]) for p in planes
+    ]
 
 
 class _Reads(torch.autograd.Function):
     """sum over tiles of step * (code - zero), in partial-sum units; see kernels/ for both passes."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, spec: ReadSpec, unit: torch.Tensor, carrier: type | None) -> torch.Tensor:
-        """x [N, C, H, W] padded codes, weight [O, K], step and zero [1 or T, 1 or O], zero or None, unit [1 or O]: step = unit * gain."""
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        step: torch.Tensor,
+        zero: torch.Tensor | None,
+        spec: ReadSpec,
+        unit: torch.Tensor,
+        carrier: type | None,
+    ) -> torch.Tensor:
+        """x [N, C, H, W] padded codes, weight [O, K], step and zero [1 or T, 1 or O], zero or None,
+        unit [1 or O]: step = unit * gain."""
         ctx.spec, ctx.carrier = spec, carrier or choose.for_training(x, spec)
         x = ctx.carrier.keep(x)
         ctx.save_for_backward(x, weight, step, zero)
@@ -55,16 +72,39 @@ class _Reads(torch.autograd.Function):
     def backward(ctx, gy: torch.Tensor):
         x, weight, step, zero = ctx.saved_tensors
         dx, dw, dstep, dzero = ctx.carrier.backward(x, weight, ctx.spec, gy.contiguous())
-        return dx, dw, dstep.sum_to_size(step.shape), (dzero * step).sum_to_size(zero.shape).double() if ctx.needs_input_grad[3] else None, None, None, None
+        return (
+            dx,
+            dw,
+            dstep.sum_to_size(step.shape),
+            (dzero * step).sum_to_size(zero.shape).double() if ctx.needs_input_grad[3] else None,
+            None,
+            None,
+            None,
+        )
 
 
 class _TableReads(torch.autograd.Function):
     """Reads whose values are looked up in a table that gets a gradient of its own."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec, back: ReadSpec, unit: torch.Tensor | None, images: int) -> torch.Tensor:
-        """x [N, C, H, W] padded codes, weight [O, K], value [rows, P] under autograd: unit [1 or O] times what `spec.tables.value` holds."""
-        ctx.spec, ctx.back, ctx.carrier, ctx.images = spec, back, choose.for_training(x, spec), min(images, len(x))
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        value: torch.Tensor,
+        spec: ReadSpec,
+        back: ReadSpec,
+        unit: torch.Tensor | None,
+        images: int,
+    ) -> torch.Tensor:
+        """x [N, C, H, W] padded codes, weight [O, K], value [rows, P] under autograd: unit [1 or O]
+        times what `spec.tables.value` holds."""
+        ctx.spec, ctx.back, ctx.carrier, ctx.images = (
+            spec,
+            back,
+            choose.for_training(x, spec),
+            min(images, len(x)),
+        )
         x = ctx.carrier.keep(x)
         ctx.save_for_backward(x, weight)
         y = ctx.carrier.forward(x, weight, spec)
@@ -74,11 +114,20 @@ class _TableReads(torch.autograd.Function):
     def backward(ctx, gy: torch.Tensor):
         (x, weight), gy, n = ctx.saved_tensors, gy.contiguous(), ctx.images
         dx, dw, *_ = ctx.carrier.backward(x, weight, ctx.back, gy)
-        return dx, dw, choose.table_gradient(x[:n].to(gy.dtype), weight, ctx.spec, gy[:n]) * (len(x) / n), None, None, None, None
+        return (
+            dx,
+            dw,
+            choose.table_gradient(x[:n].to(gy.dtype), weight, ctx.spec, gy[:n]) * (len(x) / n),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _Scaled(torch.autograd.Function):
-    """y * scale + offset, per column; backward finds y again from the result, which what follows keeps anyway."""
+    """y * scale + offset, per column; backward finds y again from the result, which what follows
+    keeps anyway."""
 
     @staticmethod
     def forward(ctx, y: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
@@ -100,12 +149,25 @@ def scaled(y: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.
 
 def pad_codes(x: torch.Tensor, padding: tuple[int, int], code: int) -> torch.Tensor:
     """x [N, C, H, W] with `padding` positions of code `code` around it."""
-    return F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=float(code)) if any(padding) else x
+    return (
+        F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=float(code))
+        if any(padding)
+        else x
+    )
 
 
-def reads(x: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, spec: ReadSpec, unit: torch.Tensor, zero: torch.Tensor | None = None, carrier: type | None = None) -> torch.Tensor:
-    """[N, O, H_out, W_out] in partial-sum units; x holds padded codes, `step` and `zero` get gradients, `unit` is the step's plain value.
-    carrier: None for the fastest of kernels/choose.py."""
+def reads(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    step: torch.Tensor,
+    spec: ReadSpec,
+    unit: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    carrier: type | None = None,
+) -> torch.Tensor:
+    """[N, O, H_out, W_out] in partial-sum units; x holds padded codes, `step` and `zero` get
+    gradients, `unit` is the step's plain value. carrier: None for the fastest of kernels/choose.py.
+    """
     return _Reads.apply(x, weight, step, zero, spec, unit, carrier)
 
 
@@ -116,15 +178,21 @@ def table_reads(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec) -> torch.
 
 
 def learned_table_reads(
-    x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, spec: ReadSpec, back: ReadSpec, unit: torch.Tensor | None = None, images: int = ALL
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    value: torch.Tensor,
+    spec: ReadSpec,
+    back: ReadSpec,
+    unit: torch.Tensor | None = None,
+    images: int = ALL,
 ) -> torch.Tensor:
-    """The same with values that are learned: float64 [rows, P] under autograd, unit (float32 [1 or O], None for 1) times the numbers in the
-    spec; back: the spec whose slope the backward pass takes. The gradient of the values is counted on the first `images` images and
-    multiplied up to all of them: the counting is slow, and a table has few numbers."""
+    """The same with values that are learned: float64 [rows, P] under autograd, unit (float32 [1 or
+    O], None for 1) times the numbers in the spec; back: the spec whose slope the backward pass
+    takes. The gradient of the values is counted on the first `images` images and multiplied up to
+    all of them: the counting is slow, and a table has few numbers."""
     return _TableReads.apply(x, weight, value, spec, back, unit, images)
 
 
 def unpadded(spec: ReadSpec) -> ReadSpec:
     """The spec for an input that carries its padding already."""
     return replace(spec, geometry=replace(spec.geometry, padding=(0, 0)))
-

@@ -1,13 +1,15 @@
-"""The relaxed ADC: logistic noise before the thresholds, and the exact slope of what it makes of a partial sum.
+"""The relaxed ADC: logistic noise before the thresholds, and the exact slope of what it makes of a
+partial sum.
 
     P(code >= j) = sigmoid((u - j + 1/2) / tau)        u = p / step + zero, tau in codes
     m(u)  = E[code] = sum_j P(code >= j)                all tail mass in the end codes, as a real ADC saturates
     m'(u) = (1 / tau) * sum_j s_j * (1 - s_j)
 
-The forward pass draws a code exactly: clamp(round(u + tau * logit(r)), 0, top) with r uniform, one random number a read. Its
-gradient is that of the mean: m' for the partial sum, (q - zero) - (u - zero) * m' for the step (the noise does not scale with
-the step, so it stays out of p / step). `ste` is the same with no noise and a slope of 1 inside, 0 where the code clips.
-The forward passes of `mean` and `gumbel` are soft (train/soft.py): m(u) itself, and a weighted mean of codes.
+The forward pass draws a code exactly: clamp(round(u + tau * logit(r)), 0, top) with r uniform, one
+random number a read. Its gradient is that of the mean: m' for the partial sum, (q - zero) - (u -
+zero) * m' for the step (the noise does not scale with the step, so it stays out of p / step). `ste`
+is the same with no noise and a slope of 1 inside, 0 where the code clips. The forward passes of
+`mean` and `gumbel` are soft (train/soft.py): m(u) itself, and a weighted mean of codes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ NOISE_TAIL = 256  # a block reads this many draws from any start
 
 @dataclass(frozen=True)
 class Relaxation:
-    """One training step's noise: temperature in codes, a seed, and the mode that makes something of both."""
+    """One training step's noise: temperature in codes, a seed, and the mode that makes something of
+    both."""
 
     tau: float
     seed: int
@@ -54,8 +57,11 @@ def mean_slope(u: torch.Tensor, top: int, tau: float) -> torch.Tensor:
     return total / tau
 
 
-def slope_tables(mult: torch.Tensor, zero: torch.Tensor, shift: int, top: int, tau: float, p_min: int, p_max: int) -> Tables:
-    """The slope of every partial sum p_min..p_max, one row per (tile, column) group; mult and zero are [1 or T, 1 or O]."""
+def slope_tables(
+    mult: torch.Tensor, zero: torch.Tensor, shift: int, top: int, tau: float, p_min: int, p_max: int
+) -> Tables:
+    """The slope of every partial sum p_min..p_max, one row per (tile, column) group; mult and zero
+    are [1 or T, 1 or O]."""
     groups = torch.broadcast_shapes(mult.shape, zero.shape)
     rate = (mult.double() / 2.0**shift).expand(groups).reshape(-1, 1)
     u = torch.arange(p_min, p_max + 1).double() * rate + zero.double().expand(groups).reshape(-1, 1)

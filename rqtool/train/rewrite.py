@@ -1,4 +1,5 @@
-"""From a float network to one whose layers are read through the macro: the graph stays, the modules are exchanged."""
+"""From a float network to one whose layers are read through the macro: the graph stays, the modules
+are exchanged."""
 
 from __future__ import annotations
 
@@ -16,15 +17,21 @@ from rqtool.train.layers import ColumnNorm, ReadLayer
 
 def plans(graph: Graph, macro: Macro) -> dict[str, Plan]:
     """The plan of every layer by name. Raises ConfigError where the macro cannot hold a layer."""
-    return {node.name: Plan.make(node.name, Geometry.from_dict(node.attrs["geometry"]), macro) for node in graph.convs()}
+    return {
+        node.name: Plan.make(node.name, Geometry.from_dict(node.attrs["geometry"]), macro)
+        for node in graph.convs()
+    }
 
 
 def rewrite(network: Network, macro: Macro) -> Network:
-    """A copy of the network with a ReadLayer for each convolution and linear layer, not calibrated yet."""
+    """A copy of the network with a ReadLayer for each convolution and linear layer, not calibrated
+    yet."""
     network = copy.deepcopy(network)
     for name, plan in plans(network.graph, macro).items():
         conv = network.layer(name)
-        network.set_layer(name, ReadLayer(plan, conv.weight, conv.bias, column_norm(network.graph, name)))
+        network.set_layer(
+            name, ReadLayer(plan, conv.weight, conv.bias, column_norm(network.graph, name))
+        )
     for node in network.graph.nodes:
         if node.op == "batch_norm":
             network.set_layer(node.module, own_norm(network.layer(node.module)))
@@ -32,17 +39,21 @@ def rewrite(network: Network, macro: Macro) -> Network:
 
 
 def column_norm(graph: Graph, name: str) -> ColumnNorm | None:
-    """The digital multipliers and addends of a layer's columns; None where batch norm behind the layer has them. Those of the scores are static:
-    the statistics of a batch do not belong there."""
+    """The digital multipliers and addends of a layer's columns; None where batch norm behind the
+    layer has them. Those of the scores are static: the statistics of a batch do not belong there.
+    """
     users = graph.users(name)
     if name != graph.output and [node.op for node in users] == ["batch_norm"]:
         return None
     columns = Geometry.from_dict(graph.node(name).attrs["geometry"]).columns
-    return ColumnNorm(columns, static=name == graph.output or any(node.op == "tail" for node in users))
+    return ColumnNorm(
+        columns, static=name == graph.output or any(node.op == "tail" for node in users)
+    )
 
 
 def own_norm(norm: nn.Module) -> nn.Module:
-    """A copy of batch norm with numbers that no other layer shares, multipliers and addends among them: they cost a chip nothing."""
+    """A copy of batch norm with numbers that no other layer shares, multipliers and addends among
+    them: they cost a chip nothing."""
     own = type(norm)(norm.num_features, eps=norm.eps, momentum=norm.momentum)
     with torch.no_grad():
         for name in ("weight", "bias", "running_mean", "running_var"):

@@ -1,13 +1,16 @@
-"""Weights rounded for what their columns give, not one by one (the aim of AdaRound: Nagel et al., ICML 2020, section 3; here the
-quadratic objective is kept whole and searched by coordinate descent).
+"""Weights rounded for what their columns give, not one by one (the aim of AdaRound: Nagel et al.,
+ICML 2020, section 3; here the quadratic objective is kept whole and searched by coordinate
+descent).
 
-A column with whole weights q, a scale s and inputs x gives s * q'x, and the float column gives y. With A = E[x x'] and c = E[x y] over
-calibration positions, both about their means (a column's addend is free),
+A column with whole weights q, a scale s and inputs x gives s * q'x, and the float column gives y.
+With A = E[x x'] and c = E[x y] over calibration positions, both about their means (a column's
+addend is free),
 
     E (s * q'x - y)**2 = (s*q - t)' A (s*q - t) + const,        t = A**-1 c
 
-Inputs x are those that the quantised layers before give, so t also makes good what they did wrong, as far as a weight can. Few
-positions say little of many weights, so A and c get a share of the float weights w: A + r*I and c + r*w.
+Inputs x are those that the quantised layers before give, so t also makes good what they did wrong,
+as far as a weight can. Few positions say little of many weights, so A and c get a share of the
+float weights w: A + r*I and c + r*w.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Moments:
-    """gram: float64 [groups, K, K], A above; cross: float64 [groups, K, columns of a group], c; about the means, of inputs in codes."""
+    """gram: float64 [groups, K, K], A above; cross: float64 [groups, K, columns of a group], c;
+    about the means, of inputs in codes."""
 
     gram: torch.Tensor
     cross: torch.Tensor
@@ -40,24 +44,29 @@ class Moments:
 
 @torch.no_grad()
 def fit_weights(layer: ReadLayer, codes: torch.Tensor, want: torch.Tensor) -> None:
-    """Set a layer's weights and their scales for outputs `want` [N, O, H_out, W_out] from padded input codes [N, C, H, W]."""
+    """Set a layer's weights and their scales for outputs `want` [N, O, H_out, W_out] from padded
+    input codes [N, C, H, W]."""
     geometry, peak = layer.plan.geometry, layer.plan.macro.q_w
     unit = float(layer.input.scale)
-    weight = unit * layer.weight.double().reshape(geometry.groups, -1, geometry.rows).transpose(1, 2)
+    weight = unit * layer.weight.double().reshape(geometry.groups, -1, geometry.rows).transpose(
+        1, 2
+    )
     inputs = codes - int(layer.input.zero)
     if geometry.rows <= WHOLE_ROWS:
         whole, scale = rounded(moments(inputs, want, geometry, slice(None)), weight, peak)
     else:
         parts = (slice(at, at + BLOCK) for at in range(0, geometry.rows, BLOCK))
-        whole, scale = rounded_in_blocks([(part, moments(inputs, want, geometry, part)) for part in parts], weight, peak)
+        whole, scale = rounded_in_blocks(
+            [(part, moments(inputs, want, geometry, part)) for part in parts], weight, peak
+        )
     columns = (whole * scale / unit).transpose(1, 2).reshape(layer.weight.shape)
     layer.weight.copy_(columns)
     layer.weights.log_scale.copy_((scale / unit).log().flatten())
 
 
 def moments(inputs: torch.Tensor, want: torch.Tensor, geometry: Geometry, rows: slice) -> Moments:
-    """The moments of some rows of each group, over a sample of positions; inputs: padded, in codes without their zero, [N, C, H, W];
-    want [N, O, H_out, W_out]."""
+    """The moments of some rows of each group, over a sample of positions; inputs: padded, in codes
+    without their zero, [N, C, H, W]; want [N, O, H_out, W_out]."""
     places = want[0, 0].numel()
     images = min(len(inputs), max(FEWEST_IMAGES, -(-POSITIONS // places)))
     chunk = max(1, CHUNK_VALUES // (geometry.rows * geometry.groups * places))
@@ -84,7 +93,8 @@ def _by_group(values: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def rounded(found: Moments, weight: torch.Tensor, peak: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(whole numbers -peak..peak float64 [groups, K, O], scales float64 [groups, 1, O]) for float weights [groups, K, O].
+    """(whole numbers -peak..peak float64 [groups, K, O], scales float64 [groups, 1, O]) for float
+    weights [groups, K, O].
 
     >>> gram, w = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]]).double(), torch.tensor([[[0.4], [0.4]]]).double()
     >>> whole, scale = rounded(Moments(gram, gram @ w), w, 1)
@@ -97,8 +107,11 @@ def rounded(found: Moments, weight: torch.Tensor, peak: int) -> tuple[torch.Tens
     return descend(_nearest(aim / scale, peak), scale, gram, aim, peak), scale
 
 
-def rounded_in_blocks(found: list[tuple[slice, Moments]], weight: torch.Tensor, peak: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for many rows: each block is rounded for what it adds itself, and aims at the float weights."""
+def rounded_in_blocks(
+    found: list[tuple[slice, Moments]], weight: torch.Tensor, peak: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for many rows: each block is rounded for what it adds itself, and aims at the float
+    weights."""
     squares = torch.cat([torch.diagonal(moments.gram, dim1=1, dim2=2) for _, moments in found], 1)
     scale = best_scale(weight, squares, peak)
     blocks = []
@@ -120,8 +133,8 @@ def _nearest(values: torch.Tensor, peak: int) -> torch.Tensor:
 
 
 def best_scale(aim: torch.Tensor, gram: torch.Tensor, peak: int) -> torch.Tensor:
-    """float64 [groups, 1, O]: of each column, the scale at which rounding `aim` [groups, K, O] costs least by the metric `gram`
-    [groups, K, K], or [groups, K] for a diagonal one."""
+    """float64 [groups, 1, O]: of each column, the scale at which rounding `aim` [groups, K, O]
+    costs least by the metric `gram` [groups, K, K], or [groups, K] for a diagonal one."""
     largest = aim.abs().amax(1, keepdim=True)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest)) / peak
     low, high, count = FACTORS
@@ -135,8 +148,11 @@ def best_scale(aim: torch.Tensor, gram: torch.Tensor, peak: int) -> torch.Tensor
     return best
 
 
-def descend(whole: torch.Tensor, scale: torch.Tensor, gram: torch.Tensor, aim: torch.Tensor, peak: int) -> torch.Tensor:
-    """Whole numbers [groups, K, O] from `whole` on, of which changing a single one gains nothing more (or SWEEPS were done)."""
+def descend(
+    whole: torch.Tensor, scale: torch.Tensor, gram: torch.Tensor, aim: torch.Tensor, peak: int
+) -> torch.Tensor:
+    """Whole numbers [groups, K, O] from `whole` on, of which changing a single one gains nothing
+    more (or SWEEPS were done)."""
     slope = gram @ (whole * scale - aim)
     own = torch.diagonal(gram, dim1=1, dim2=2)
     step = scale[:, 0]

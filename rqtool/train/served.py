@@ -1,8 +1,11 @@
-"""The trained network with the numbers of its integer program: what is served, computed in floating point.
+"""The trained network with the numbers of its integer program: what is served, computed in floating
+point.
 
-The graph runs node by node as in training, with the kernels of training's forward pass. What differs is that each value is brought to
-its grid where the program does so: a sum is formed in float64 with factors mult / 2**shift, which is exact (program/numbers.py), then
-floored and clamped. Every input code of every layer and every score therefore equals the program's; nothing here runs the program.
+The graph runs node by node as in training, with the kernels of training's forward pass. What
+differs is that each value is brought to its grid where the program does so: a sum is formed in
+float64 with factors mult / 2**shift, which is exact (program/numbers.py), then floored and clamped.
+Every input code of every layer and every score therefore equals the program's; nothing here runs
+the program.
 """
 
 from __future__ import annotations
@@ -21,20 +24,33 @@ from rqtool.train.reads import pad_codes
 
 
 class Served(Network):
-    """A network on the numbers that `train.frozen.lower` found for it; the layers are shared, not copied.
+    """A network on the numbers that `train.frozen.lower` found for it; the layers are shared, not
+    copied.
 
-    forward takes pixels, uint8 or float32 [N, ...], and gives scores, float32. A value between nodes is float32, exact or next to its
-    grid point, or float64 where it is a part of a sum that is still open, in steps of that sum's grid.
+    forward takes pixels, uint8 or float32 [N, ...], and gives scores, float32. A value between
+    nodes is float32, exact or next to its grid point, or float64 where it is a part of a sum that
+    is still open, in steps of that sum's grid.
     """
 
     def __init__(self, network: Network, numbers: Numbers) -> None:
-        super().__init__(network.graph, {name: network.layer(name) for name in {n.module for n in network.graph.nodes if n.module}})
+        super().__init__(
+            network.graph,
+            {
+                name: network.layer(name)
+                for name in {n.module for n in network.graph.nodes if n.module}
+            },
+        )
         self.numbers = numbers
-        self.factors = {place: torch.from_numpy(np.asarray(a, np.float64)) for place, a in numbers.factors.items()}
+        self.factors = {
+            place: torch.from_numpy(np.asarray(a, np.float64))
+            for place, a in numbers.factors.items()
+        }
         self.eval()
 
     @torch.no_grad()
-    def forward(self, pixels: torch.Tensor, watch: Callable[[str, torch.Tensor], None] | None = None) -> torch.Tensor:
+    def forward(
+        self, pixels: torch.Tensor, watch: Callable[[str, torch.Tensor], None] | None = None
+    ) -> torch.Tensor:
         """The scores, float32 [N, classes]. watch(name, value) sees every value, the input too."""
         return self.regridded(SCORES, super().forward(self.on_grid(pixels), watch))
 
@@ -42,7 +58,9 @@ class Served(Network):
         """The value of the graph's input."""
         if self.numbers.pixels:
             exponent, lo, hi = self.numbers.pixels
-            pixels = torch.floor(pixels * 2.0**exponent + 0.5).clamp(lo, hi)  # in float32, as the program's quantize
+            pixels = torch.floor(pixels * 2.0**exponent + 0.5).clamp(
+                lo, hi
+            )  # in float32, as the program's quantize
         name = self.graph.input
         return self.rounded(name, self.scaled((name, 0), pixels))
 
@@ -50,10 +68,13 @@ class Served(Network):
         """The value of one node, on its grid."""
         xs = [self.regridded((node.name, n), x) for n, x in enumerate(xs)]
         rule = SERVE.get(node.op)
-        return self.rounded(node.name, rule(self, node, *xs) if rule else super().compute(node, *xs))
+        return self.rounded(
+            node.name, rule(self, node, *xs) if rule else super().compute(node, *xs)
+        )
 
     def scaled(self, place: tuple[str, int], x: torch.Tensor) -> torch.Tensor:
-        """An operand in steps of its sum's grid, float64; as it is where its factor went to an earlier node."""
+        """An operand in steps of its sum's grid, float64; as it is where its factor went to an
+        earlier node."""
         return x.double() * self.factors[place] if place in self.factors else x
 
     def rounded(self, name: str, y: torch.Tensor) -> torch.Tensor:
@@ -75,14 +96,19 @@ def _rounded(number: Requant, y: torch.Tensor) -> torch.Tensor:
     return k.sub_(grid.zero).mul_(grid.scale).float()
 
 
-# -- operations that do not do as in training ---------------------------------------------------------------------------
+# -- operations that do not do as in training ------------------------------------------------------
 def _conv(served: Served, node: Node, x: torch.Tensor) -> torch.Tensor:
     layer, kind = served.layer(node.name), node.attrs["geometry"]["kind"]
-    codes = pad_codes(layer.input(to_image(x, kind)), layer.plan.geometry.padding, int(layer.input.zero))
+    codes = pad_codes(
+        layer.input(to_image(x, kind)), layer.plan.geometry.padding, int(layer.input.zero)
+    )
     weight = layer.weight_codes()
     if layer.watch:
         layer.watch(layer, codes, weight)
-    return sum(served.scaled((node.name, n), from_image(y, kind, node.shape)) for n, y in enumerate(layer.accumulators(codes, weight)))
+    return sum(
+        served.scaled((node.name, n), from_image(y, kind, node.shape))
+        for n, y in enumerate(layer.accumulators(codes, weight))
+    )
 
 
 def _add(served: Served, node: Node, *xs: torch.Tensor) -> torch.Tensor:
@@ -95,7 +121,10 @@ def _affine(served: Served, node: Node, x: torch.Tensor) -> torch.Tensor:
 
 def _avgpool(served: Served, node: Node, x: torch.Tensor) -> torch.Tensor:
     a = node.attrs
-    return served.scaled((node.name, 0), F.avg_pool2d(x.double(), a["kernel"], a["stride"], a["padding"], divisor_override=1))
+    return served.scaled(
+        (node.name, 0),
+        F.avg_pool2d(x.double(), a["kernel"], a["stride"], a["padding"], divisor_override=1),
+    )
 
 
 def _clamp(served: Served, node: Node, x: torch.Tensor) -> torch.Tensor:
@@ -110,5 +139,7 @@ SERVE: dict[str, Callable[..., torch.Tensor]] = {
     "add": _add,
     "avgpool": _avgpool,
     "clamp": _clamp,
-    "tail": lambda served, node, x: x,  # the program ends before it, too: rounded probabilities can be equal where scores are not
+    "tail": lambda served, node, x: (
+        x
+    ),  # the program ends before it, too: rounded probabilities can be equal where scores are not
 }

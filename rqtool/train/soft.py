@@ -1,11 +1,13 @@
-"""The modes whose forward pass is soft, kept for comparison: a read gives no code of the ADC but a real number between codes.
+"""The modes whose forward pass is soft, kept for comparison: a read gives no code of the ADC but a
+real number between codes.
 
     mean      m(u), the expected code of the relaxed ADC (train/relax.py), as a table over all partial sums
     gumbel    sum_k w_k * k over the 5 codes nearest to u, w = softmax((log P(code = k) + Gumbel noise) / LAMBDA)
               (Louizos et al., ICLR 2019; the end codes take all that lies beyond them)
 
-`mean` costs a look-up and a histogram per read; `gumbel` five look-ups and five exponentials, and ten of the first in the backward pass. They run on
-the loops of kernels/reference.py, which keep nothing between the passes.
+`mean` costs a look-up and a histogram per read; `gumbel` five look-ups and five exponentials, and
+ten of the first in the backward pass. They run on the loops of kernels/reference.py, which keep
+nothing between the passes.
 """
 
 from __future__ import annotations
@@ -31,14 +33,20 @@ if TYPE_CHECKING:
 
 LAMBDA = 2 / 3  # temperature of the softmax, as Maddison et al. (ICLR 2017) found it to work best
 NEAREST = 5
-GUMBEL_DRAWS = 1 << 19  # of which a tile of a chunk takes a run from anywhere, for each of the nearest codes
+GUMBEL_DRAWS = (
+    1 << 19
+)  # of which a tile of a chunk takes a run from anywhere, for each of the nearest codes
 
 
-# -- mean --------------------------------------------------------------------------------------------------------------
-def mean_table(step: torch.Tensor, zero: torch.Tensor, plan: Plan, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(value, slope): step * (m(u) - zero) under autograd, and m'(u) without, float64 [groups, P] for every partial sum.
+# -- mean ------------------------------------------------------------------------------------------
+def mean_table(
+    step: torch.Tensor, zero: torch.Tensor, plan: Plan, tau: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(value, slope): step * (m(u) - zero) under autograd, and m'(u) without, float64 [groups, P]
+    for every partial sum.
 
-    step, zero: [1 or T, 1 or O]; autograd gives d/dstep = (m - zero) - (u - zero) * m' and d/dzero = step * (m' - 1).
+    step, zero: [1 or T, 1 or O]; autograd gives d/dstep = (m - zero) - (u - zero) * m' and d/dzero
+    = step * (m' - 1).
     """
     macro = plan.macro
     shape = torch.broadcast_shapes(step.shape, zero.shape)
@@ -47,20 +55,34 @@ def mean_table(step: torch.Tensor, zero: torch.Tensor, plan: Plan, tau: float) -
     return step * (mean_code(u, macro.top, tau) - zero), mean_slope(u.detach(), macro.top, tau)
 
 
-def mean_call(plan: Plan, numbers: AdcNumbers, step: torch.Tensor, zero: torch.Tensor | None, relax: Relaxation) -> Callable:
+def mean_call(
+    plan: Plan,
+    numbers: AdcNumbers,
+    step: torch.Tensor,
+    zero: torch.Tensor | None,
+    relax: Relaxation,
+) -> Callable:
     """call(x, w, pair) -> what the reads of a pair of planes add up to, in partial-sum units.
 
-    step, and zero where it is learned: [1 or T, 1 or O] under autograd, with the values of `numbers`.
+    step, and zero where it is learned: [1 or T, 1 or O] under autograd, with the values of
+    `numbers`.
     """
     zero = numbers.zero if zero is None else zero
     value, slope = mean_table(step, zero, plan, relax.tau)
     rows = np.arange(value.shape[0]).reshape(torch.broadcast_shapes(step.shape, zero.shape))
-    tables = Tables(plan.macro.p_min, over_reads(rows, plan).astype(np.int64), slope.float().numpy(), value.detach().float().numpy())
-    spec = unpadded(make_spec(plan, *np.ones((3, 1, 1)), tables=tables))  # with values in tables, only the tiles count
+    tables = Tables(
+        plan.macro.p_min,
+        over_reads(rows, plan).astype(np.int64),
+        slope.float().numpy(),
+        value.detach().float().numpy(),
+    )
+    spec = unpadded(
+        make_spec(plan, *np.ones((3, 1, 1)), tables=tables)
+    )  # with values in tables, only the tiles count
     return lambda x, w, pair: learned_table_reads(x, w, value, spec, spec)
 
 
-# -- gumbel ------------------------------------------------------------------------------------------------------------
+# -- gumbel ----------------------------------------------------------------------------------------
 def nearest_codes(u: torch.Tensor, top: int) -> torch.Tensor:
     """The codes next to u [..], at most 5 in 0 .. top, as [.., 5].
 
@@ -72,9 +94,12 @@ def nearest_codes(u: torch.Tensor, top: int) -> torch.Tensor:
     return first.unsqueeze(-1) + torch.arange(count, dtype=u.dtype, device=u.device)
 
 
-def log_probability(u: torch.Tensor, codes: torch.Tensor, top: int, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """log P(code = k) of the relaxed ADC at u [..] and its derivative by u, both [.., k], in a form that is exact far away from u too:
-    sigmoid(a) - sigmoid(a - 1/tau) = sigmoid(a) * sigmoid(1/tau - a) * (1 - exp(-1/tau))."""
+def log_probability(
+    u: torch.Tensor, codes: torch.Tensor, top: int, tau: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log P(code = k) of the relaxed ADC at u [..] and its derivative by u, both [.., k], in a form
+    that is exact far away from u too: sigmoid(a) - sigmoid(a - 1/tau) = sigmoid(a) * sigmoid(1/tau
+    - a) * (1 - exp(-1/tau))."""
     at_least = (u.unsqueeze(-1) - codes + 0.5) / tau
     not_more = 1 / tau - at_least
     up, down = logsigmoid(at_least), logsigmoid(not_more)
@@ -86,8 +111,9 @@ def log_probability(u: torch.Tensor, codes: torch.Tensor, top: int, tau: float) 
 
 @dataclass(frozen=True)
 class GumbelTables(Tables):
-    """What the softmax is made of at every partial sum, float32: scores [5, rows, P], log P / LAMBDA of the nearest codes; leans
-    [5, rows, P], their derivatives by u; first [rows, P], the lowest of the codes less the zero. seed: of the noise."""
+    """What the softmax is made of at every partial sum, float32: scores [5, rows, P], log P /
+    LAMBDA of the nearest codes; leans [5, rows, P], their derivatives by u; first [rows, P], the
+    lowest of the codes less the zero. seed: of the noise."""
 
     scores: torch.Tensor | None = None
     leans: torch.Tensor | None = None
@@ -95,45 +121,77 @@ class GumbelTables(Tables):
     seed: int = 0
 
 
-def gumbel_tables(step: torch.Tensor, zero: torch.Tensor, plan: Plan, tau: float, seed: int) -> GumbelTables:
+def gumbel_tables(
+    step: torch.Tensor, zero: torch.Tensor, plan: Plan, tau: float, seed: int
+) -> GumbelTables:
     """For steps and zeros [1 or T, 1 or O], as numbers."""
     macro, shape = plan.macro, torch.broadcast_shapes(step.shape, zero.shape)
     step, zero = (a.detach().double().expand(shape).reshape(-1, 1) for a in (step, zero))
     u = torch.arange(macro.p_min, macro.p_max + 1) / step + zero
     codes = nearest_codes(u, macro.top)
-    scores, leans = (a.movedim(-1, 0).float() / LAMBDA for a in log_probability(u, codes, macro.top, tau))
+    scores, leans = (
+        a.movedim(-1, 0).float() / LAMBDA for a in log_probability(u, codes, macro.top, tau)
+    )
     row = over_reads(np.arange(len(step)).reshape(shape), plan).astype(np.int64)
-    return GumbelTables(macro.p_min, row, np.zeros((0, u.shape[1]), np.float32), None, scores, leans, (codes[..., 0] - zero).float(), seed)
+    return GumbelTables(
+        macro.p_min,
+        row,
+        np.zeros((0, u.shape[1]), np.float32),
+        None,
+        scores,
+        leans,
+        (codes[..., 0] - zero).float(),
+        seed,
+    )
 
 
 @lru_cache(maxsize=1)
 def gumbel_draws() -> torch.Tensor:
     """float32: Gumbel noise / LAMBDA."""
-    uniform = torch.rand(GUMBEL_DRAWS, generator=torch.Generator().manual_seed(0)).clamp(1e-7, 1 - 1e-7)
+    uniform = torch.rand(GUMBEL_DRAWS, generator=torch.Generator().manual_seed(0)).clamp(
+        1e-7, 1 - 1e-7
+    )
     return -torch.log(-torch.log(uniform)) / LAMBDA
 
 
 class GumbelTiles(reference.Tiles):
-    """The reads of reference.py with soft codes; noise is a run of the draws from a place that seed, chunk, tile and code choose."""
+    """The reads of reference.py with soft codes; noise is a run of the draws from a place that
+    seed, chunk, tile and code choose."""
 
-    def softmax(self, p: torch.Tensor, t: int, chunk: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def softmax(
+        self, p: torch.Tensor, t: int, chunk: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(where each partial sum is in the tables, the weights of its nearest codes)."""
         tables, draws = self.spec.tables, gumbel_draws()
         span = tables.first.shape[1]
-        at = p.long() - tables.p_min + torch.as_tensor(tables.row[t]).view(self.geometry.groups, -1, 1) * span
+        at = (
+            p.long()
+            - tables.p_min
+            + torch.as_tensor(tables.row[t]).view(self.geometry.groups, -1, 1) * span
+        )
         draws = draws.repeat(-(-p.numel() // GUMBEL_DRAWS) + 1)
-        generator = torch.Generator().manual_seed(((tables.seed * 65537 + chunk) * 4099 + t) % (1 << 63))
+        generator = torch.Generator().manual_seed(
+            ((tables.seed * 65537 + chunk) * 4099 + t) % (1 << 63)
+        )
         starts = torch.randint(GUMBEL_DRAWS, (len(tables.scores),), generator=generator).tolist()
-        weights = [(score.take(at) + draws[start : start + p.numel()].view_as(p)).exp_() for score, start in zip(tables.scores, starts)]
+        weights = [
+            (score.take(at) + draws[start : start + p.numel()].view_as(p)).exp_()
+            for score, start in zip(tables.scores, starts)
+        ]
         total = sum(weights)
         return at, [w.div_(total) for w in weights]
 
     def values(self, p: torch.Tensor, t: int, chunk: int) -> torch.Tensor:
         at, weights = self.softmax(p, t, chunk)
-        return (self.spec.tables.first.take(at) + sum(k * w for k, w in enumerate(weights))) * self.gain[t]
+        return (
+            self.spec.tables.first.take(at) + sum(k * w for k, w in enumerate(weights))
+        ) * self.gain[t]
 
-    def slopes(self, p: torch.Tensor, t: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """d sum_k w_k * k = sum_k w_k * k * s_k - (sum_k w_k * k) * (sum_k w_k * s_k) for d s_k, as of any softmax."""
+    def slopes(
+        self, p: torch.Tensor, t: int, chunk: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """d sum_k w_k * k = sum_k w_k * k * s_k - (sum_k w_k * k) * (sum_k w_k * s_k) for d s_k, as
+        of any softmax."""
         at, weights = self.softmax(p, t, chunk)
         lean = [w * s.take(at) for w, s in zip(weights, self.spec.tables.leans)]
         code = sum(k * w for k, w in enumerate(weights))
@@ -151,16 +209,28 @@ class Gumbel:
         return reference.forward(x, weight, spec, GumbelTiles)
 
     @staticmethod
-    def backward(x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(
+        x: torch.Tensor, weight: torch.Tensor, spec: ReadSpec, gy: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         return reference.backward(x, weight, spec, gy, GumbelTiles)
 
 
-def gumbel_call(plan: Plan, numbers: AdcNumbers, step: torch.Tensor, zero: torch.Tensor | None, relax: Relaxation) -> Callable:
+def gumbel_call(
+    plan: Plan,
+    numbers: AdcNumbers,
+    step: torch.Tensor,
+    zero: torch.Tensor | None,
+    relax: Relaxation,
+) -> Callable:
     """As `mean_call`."""
-    spec = unpadded(make_spec(plan, *(a.numpy() for a in (numbers.mult, numbers.zero, numbers.gain))))
+    spec = unpadded(
+        make_spec(plan, *(a.numpy() for a in (numbers.mult, numbers.zero, numbers.gain)))
+    )
 
     def call(x: torch.Tensor, w: torch.Tensor, pair: int) -> torch.Tensor:
-        tables = gumbel_tables(numbers.step, numbers.zero, plan, relax.tau, (relax.seed * 64 + pair) % SEEDS)
+        tables = gumbel_tables(
+            numbers.step, numbers.zero, plan, relax.tau, (relax.seed * 64 + pair) % SEEDS
+        )
         return reads(x, w, step, replace(spec, tables=tables), numbers.unit.float(), zero, Gumbel)
 
     return call
