@@ -436,11 +436,8 @@ def fit_norm(norm: nn.Module, y: torch.Tensor, want: torch.Tensor, fit: str) -> 
 
 def norms(network: nn.Module) -> list[nn.Module]:
     """Batch norms whose statistics may be measured anew, those of columns among them."""
-    found = [
-        m
-        for m in network.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
+    kinds = (nn.modules.batchnorm._BatchNorm, ColumnNorm)
+    found = [m for m in network.modules() if isinstance(m, kinds) and m.running_mean is not None]
     return [m for m in found if not getattr(m, "static", False)]
 
 

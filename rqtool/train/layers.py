@@ -103,22 +103,48 @@ def adc_numbers(step: torch.Tensor, zero: torch.Tensor, macro: Macro) -> AdcNumb
     return AdcNumbers(mult.long(), zero, gain.long(), unit)
 
 
-class ColumnNorm(nn.BatchNorm2d):
+class ColumnNorm(nn.Module):
     """The digital multiplier and addend of each column, as batch norm of outputs [N, O, H, W] in
     units of `unit`: float64, one for the layer, so that eps is small beside any output. It starts
-    as the identity. static: its statistics stay as calibrated, in training too."""
+    as the identity. static: its statistics stay as calibrated, in training too.
+
+    momentum: what a batch counts in the statistics, None for an average over all since the reset.
+    """
+
+    eps = 1e-5
 
     def __init__(self, columns: int, static: bool) -> None:
-        super().__init__(columns)
+        super().__init__()
         self.static = static
-        self.running_var.fill_(1 - self.eps)
+        self.momentum: float | None = 0.1
+        self.batches = 0
+        self.weight, self.bias = (
+            nn.Parameter(torch.full((columns,), start)) for start in (1.0, 0.0)
+        )
+        self.register_buffer("mean", torch.zeros(columns))
+        self.register_buffer("var", torch.full((columns,), 1 - self.eps))
         self.register_buffer("unit", torch.ones((), dtype=torch.float64))
 
+    @property
+    def running_mean(self) -> torch.Tensor:
+        """The mean, under batch norm's name for it."""
+        return self.mean
+
+    @property
+    def running_var(self) -> torch.Tensor:
+        """The variance, under batch norm's name for it."""
+        return self.var
+
+    def reset_running_stats(self) -> None:
+        """Begin an average anew."""
+        self.batches = 0
+
     def forward(self, y: torch.Tensor) -> torch.Tensor:
-        if not self.static:
-            return super().forward(y)
+        measured = self.training and not self.static
+        self.batches += measured
+        share = 1 / max(1, self.batches) if self.momentum is None else self.momentum
         return F.batch_norm(
-            y, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            y, self.mean, self.var, self.weight, self.bias, measured, share, self.eps
         )
 
 
