@@ -198,14 +198,30 @@ def fitting_network(network: Network, most: int, values: int = HELD_VALUES) -> i
 @torch.no_grad()
 def top1(network: Network, feed: Feed) -> tuple[float, float]:
     """(percent of images whose largest score is the label's, mean cross-entropy), in eval mode."""
+    right, loss = judged(network, feed)
+    return percent_of(right), loss
+
+
+@torch.no_grad()
+def judged(network: Network, feed: Feed) -> tuple[torch.Tensor, float]:
+    """(bool [N]: whether an image's largest score is the label's, mean cross-entropy), in eval
+    mode."""
     network.eval()
-    hits, loss, size = 0, 0.0, fitting_network(network, EVAL_BATCH)
+    right, loss, size = [], 0.0, fitting_network(network, EVAL_BATCH)
     for at in range(0, len(feed), size):
         part = slice(at, at + size)
         scores, labels = network(feed.real(part)), feed.labels(part)
-        hits += int((scores.argmax(1) == labels).sum())
+        right.append(scores.argmax(1) == labels)
         loss += float(F.cross_entropy(scores, labels, reduction="sum"))
-    return 100 * hits / len(feed), loss / len(feed)
+    return torch.cat(right), loss / len(feed)
+
+
+def percent_of(right: torch.Tensor) -> float:
+    """
+    >>> percent_of(torch.tensor([True, False, True, True]))
+    75.0
+    """
+    return 100 * int(right.sum()) / len(right)
 
 
 def temperature(recipe: Recipe, progress: float) -> float | None:
@@ -244,21 +260,36 @@ def optimizer(network: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A state of the network and what the held-out images say of it."""
+    """A state of the network and what the held-out images say of it. right: bool [N], which of them
+    it names rightly; None where only their share is known."""
 
     name: str
     top1: float
     loss: float
     state: dict[str, torch.Tensor]
+    right: torch.Tensor | None = None
 
     def better_than(self, other: Candidate | None) -> bool:
-        return other is None or (self.top1, -self.loss) > (other.top1, -other.loss)
+        """By top-1 where the two differ by more than the paired standard error, else by loss: the
+        best top-1 of many states on few images is a matter of luck."""
+        if other is None:
+            return True
+        if self.right is None or other.right is None:
+            return (self.top1, -self.loss) > (other.top1, -other.loss)
+        won, lost = (int((a & ~b).sum()) for a, b in self._pairs(other))
+        if (won - lost) ** 2 > won + lost:
+            return won > lost
+        return self.loss < other.loss
+
+    def _pairs(self, other: Candidate) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        return (self.right, other.right), (other.right, self.right)
 
 
 def consider(name: str, network: Network, held: Feed, best: Candidate | None) -> Candidate:
-    """The better of `best` and the network as it is, by held-out top-1, then loss."""
-    accuracy, loss = top1(network, held)
-    now = Candidate(name, accuracy, loss, copy.deepcopy(network.state_dict()))
+    """The better of `best` and the network as it is, by the held-out images."""
+    right, loss = judged(network, held)
+    state = copy.deepcopy(network.state_dict())
+    now = Candidate(name, percent_of(right), loss, state, right)
     return now if now.better_than(best) else best
 
 

@@ -3,6 +3,7 @@ every epoch. No pickle.
 
     tensors   STAGE/network/NAME, STAGE/best/NAME     states of the network: now, and of the best candidate
               STAGE/optim/NUMBER/NAME                 what AdamW keeps
+    STAGE/right/best                        which held-out images the best one names rightly
     document  kind, about (what the job was asked for, and digests of its inputs), runs (STAGE -> epoch, roll-backs, figures)
 
 Orders, noise and moves of images depend on seed and step alone, so no state of a random generator
@@ -140,7 +141,13 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 
 # -- a run as tensors and figures ------------------------------------------------------------------
 def _tensors(run: Run) -> States:
-    rooms = {"network": run.network, "best": run.best.state, "optim": run.optim}
+    right = {} if run.best.right is None else {"best": run.best.right.to(torch.uint8)}
+    rooms = {
+        "network": run.network,
+        "best": run.best.state,
+        "optim": run.optim,
+        "right": right,
+    }
     return {
         f"{room}/{name}": value.detach()
         for room, values in rooms.items()
@@ -167,11 +174,13 @@ def _under(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarr
 
 
 def _run(figures: dict[str, Any], tensors: dict[str, np.ndarray]) -> Run:
-    network, best, optim = (
+    network, best, optim, right = (
         {name: torch.from_numpy(a) for name, a in _under(tensors, room).items()}
-        for room in ("network", "best", "optim")
+        for room in ("network", "best", "optim", "right")
     )
-    candidate = Candidate(figures["chosen"], figures["top1"], float.fromhex(figures["loss"]), best)
+    loss = float.fromhex(figures["loss"])
+    named = right["best"].bool() if "best" in right else None
+    candidate = Candidate(figures["chosen"], figures["top1"], loss, best, named)
     history = tuple(
         Epoch(number, *map(float.fromhex, values)) for number, *values in figures.get("history", [])
     )
