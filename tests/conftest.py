@@ -58,6 +58,7 @@ GROUPS = {
     "test_prove": "numerics slow",
     "test_quantizers": "numerics",
     "test_reads": "numerics slow",
+    "test_rates": "numerics slow",
     "test_real": "numerics slow",
     "test_relax": "numerics",
     "test_report": "unit",

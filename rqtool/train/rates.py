@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from rqtool.errors import CheckError
 from rqtool.model.network import Network
 from rqtool.train.calibrate import reestimate_norms
 from rqtool.train.distill import Teacher
@@ -32,10 +33,8 @@ from rqtool.train.finetune import (
 )
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-FIRST = RATES.index(1e-3)
-STEPS = 40  # of a test, at most
-SHARE = 0.1  # of the whole run
-FEWEST = 8
+FIRST = RATES.index(3e-3)
+STEPS = 40  # of a test, or the whole run: fewer rank small rates before those that end better
 JUDGES = 512  # training images
 
 
@@ -66,10 +65,10 @@ def find_rate(
 def steps_of_a_test(images: int, recipe: Recipe) -> int:
     """How many steps a test takes.
 
-    >>> steps_of_a_test(50_000, Recipe(epochs=2)), steps_of_a_test(10_000, Recipe(epochs=1)), steps_of_a_test(100, Recipe(epochs=1))
-    (40, 15, 8)
+    >>> steps_of_a_test(50_000, Recipe(epochs=2)), steps_of_a_test(1_000, Recipe(epochs=1))
+    (40, 15)
     """
-    return min(STEPS, max(FEWEST, int(SHARE * recipe.epochs * steps_per_epoch(images, recipe))))
+    return min(STEPS, recipe.epochs * steps_per_epoch(images, recipe))
 
 
 def _tested(
@@ -82,7 +81,7 @@ def _tested(
         _train(network, train, recipe, teacher, lr)
         reestimate_norms(network, [train.real(judges)[: fitting_network(network, NORM_BATCH)]])
         return _judged(network, train, judges, teacher)
-    except FloatingPointError:
+    except (FloatingPointError, CheckError):
         return float("inf")
     finally:
         network.load_state_dict(start)
