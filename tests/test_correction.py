@@ -17,6 +17,7 @@ from rqtool.mapping.plan import Geometry
 from rqtool.model.capture import capture
 from rqtool.model.data import Data, Images
 from rqtool.train.calibrate import calibrate, fit_norm
+from rqtool.train.equalise import depthwise_pairs, equalised
 from rqtool.train.finetune import Feed, Recipe
 from rqtool.train.layers import ColumnNorm
 from rqtool.train.rewrite import read_layers, rewrite
@@ -237,3 +238,57 @@ def test_a_network_with_its_batch_norm_folded_is_as_near_to_float():
         want = network.eval()(x)
         errors.append(float((ours.eval()(x) - want).square().mean() / want.var()))
     assert errors[1] < 1.25 * errors[0]
+
+
+# -- depthwise layers ------------------------------------------------------------------------------
+@pytest.mark.parametrize("norm", [False, True])
+@torch.no_grad()
+def test_channels_before_a_depthwise_layer_are_made_alike(norm):
+    """The function stays; ranges that differed by 1,000 are within a factor of 2."""
+    torch.manual_seed(0)
+    sizes = torch.logspace(-1.5, 1.5, 8)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3),
+        nn.BatchNorm2d(8) if norm else nn.Identity(),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, groups=8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    ).eval()
+    weight = model[1 if norm else 0].weight
+    weight.mul_(sizes.view(-1, *(1,) * (weight.dim() - 1)))
+    x = torch.randn(50, 2, 10, 10)
+    network = capture(model, (2, 10, 10))
+    ours = equalised(network, x, 15)
+    ranges = []
+    for version in (network, ours):
+        version(x, lambda name, value: ranges.append(value) if "max_pool" in name else None)
+    before, after = (value.amax((0, 2, 3)) for value in ranges)
+    alive = before > 0
+    before, after = before[alive], after[alive]
+    assert before.max() / before.min() > 100 and after.max() / after.min() < 4
+    assert torch.allclose(ours(x), network(x), rtol=1e-4, atol=1e-4)
+    assert [(a.op, b.op) for a, b in depthwise_pairs(network.graph)] == [
+        ("batch_norm" if norm else "conv", "conv")
+    ]
+
+
+@torch.no_grad()
+def test_a_channel_that_others_see_or_that_is_clamped_stays():
+    class Seen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(2, 4, 1)
+            self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(2))
+            self.d = nn.Linear(4 * 16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            z = y + self.b(y)
+            return self.d(self.c(nn.functional.relu6(z)).flatten(1))
+
+    network = capture(Seen().eval(), (2, 4, 4))
+    assert depthwise_pairs(network.graph) == []
+    assert equalised(network, torch.randn(5, 2, 4, 4), 15) is network

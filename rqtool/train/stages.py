@@ -22,6 +22,7 @@ from rqtool.model.network import Network
 from rqtool.program.freeze import Norm
 from rqtool.train.calibrate import calibrate, take_norms
 from rqtool.train.distill import Teacher
+from rqtool.train.equalise import equalised
 from rqtool.train.finetune import (
     AUTO,
     EVAL_BATCH,
@@ -79,18 +80,27 @@ class Stages:
     runs: Runs = field(default_factory=Runs)
     rates: dict[str, float] = field(default_factory=dict)
 
+    @cached_property
+    def reference(self) -> Network:
+        """The float network that calibration compares with, the ranges of its channels made alike
+        where that is free."""
+        job = self.job
+        count = fitting_network(job.network, self.recipe.calibration_images, CALIBRATION_VALUES)
+        images = job.train.real(job.train.sample(count, self.recipe.seed))
+        return equalised(job.network, images, self.macro.q_x)
+
     def calibrated(
         self, macro: Macro, name: str, trained: Network | None = None
     ) -> tuple[Network, Candidate]:
         """(a network for `macro` in its chosen state, that state): from the float network, or with
         the weights and scales of `trained`."""
-        network, job = rewrite(self.job.network, macro), self.job
+        network, job = rewrite(self.reference, macro), self.job
         if trained is not None:
             network.load_state_dict(network.state_dict() | trained.state_dict())
         if trained is None or not macro.ideal:
             count = fitting_network(network, self.recipe.calibration_images, CALIBRATION_VALUES)
             images = job.train.real(job.train.sample(count, self.recipe.seed))
-            reference = job.network if trained is None else trained
+            reference = self.reference if trained is None else trained
             with self.progress.stage(name, len(read_layers(network))) as done:
                 calibrate(
                     network,
@@ -104,7 +114,7 @@ class Stages:
         title = "post-training" if trained is None else IDEAL_STAGE
         best = consider_norms(title, network, job.train, job.held, self.recipe, None)
         if trained is None and any(node.op == "batch_norm" for node in network.graph.nodes):
-            take_norms(network, job.network)
+            take_norms(network, self.reference)
             best = consider(f"{title}, batch norm of the float model", network, job.held, best)
         network.load_state_dict(best.state)
         return network, best
