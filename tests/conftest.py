@@ -40,6 +40,7 @@ GROUPS = {
     "test_experiments": "files",
     "test_export": "numerics slow",
     "test_finetune": "numerics slow",
+    "test_folded": "numerics slow",
     "test_freeze": "numerics slow",
     "test_golden": "numerics",
     "test_grids": "numerics slow",

@@ -38,7 +38,11 @@ def experiments() -> ModuleType:
     )
     module = importlib.util.module_from_spec(spec)
     sys.modules["experiments_for_real"] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(REPOSITORY / "tools"))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(REPOSITORY / "tools"))
     return module
 
 
