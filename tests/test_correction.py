@@ -27,26 +27,25 @@ EIGHT = rqtool.Macro(in_bits=8, w_bits=8, adc_bits=None)
 
 
 # -- one norm --------------------------------------------------------------------------------------
-def test_a_norm_fitted_by_hand():
-    """y = 0, 2, 4, 6 (mean 3, variance 5); want = 10, 13, 17, 20 (mean 15, variance 14.5): slope
-    8.5 / 5 = 1.7, or sqrt(14.5 / 5) = 1.703."""
+@pytest.mark.parametrize(("times", "slope"), [(1, 37 / 30), (1000, 8.51 / 5.01)])
+def test_a_norm_fitted_by_hand(times, slope):
+    """y = 0, 2, 4, 6 (mean 3, variance 5), want = 10, 13, 17, 20 (mean 15, covariance 8.5). The slope
+    1 that it had counts as 8 positions: (8.5 + 2 * 5) / (3 * 5) where there are 4 of them, and
+    (8.5 + .002 * 5) / (1.002 * 5) where there are 4,000."""
     y, want = (
-        torch.tensor([0.0, 2, 4, 6]).view(4, 1, 1, 1),
-        torch.tensor([10.0, 13, 17, 20]).view(4, 1, 1, 1),
+        torch.tensor([[0.0, 2, 4, 6], [10.0, 13, 17, 20]]).repeat(1, times).view(2, -1, 1, 1, 1)
     )
-    for fit, slope in (("least-squares", 1.7), ("variance", 2.9**0.5)):
-        norm = nn.BatchNorm2d(1).eval()
-        fit_norm(norm, y, want, fit)
-        assert norm(y).flatten().tolist() == pytest.approx(
-            [15 - 3 * slope, 15 - slope, 15 + slope, 15 + 3 * slope], abs=1e-5
-        )
-        assert (norm.running_mean.item(), norm.running_var.item(), norm.bias.item()) == (3, 5, 15)
+    norm = nn.BatchNorm2d(1, eps=0).eval()
+    fit_norm(norm, y, want)
+    expected = [15 - 3 * slope, 15 - slope, 15 + slope, 15 + 3 * slope]
+    assert norm(y).flatten()[:4].tolist() == pytest.approx(expected, abs=1e-4)
+    assert (norm.running_mean.item(), norm.running_var.item(), norm.bias.item()) == (3, 5, 15)
 
 
 def test_a_channel_that_does_not_vary_keeps_its_slope():
     y = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]]).view(3, 2, 1, 1)
     norm = ColumnNorm(2, static=False).eval()
-    fit_norm(norm, y, torch.full_like(y, 7.0), "least-squares")
+    fit_norm(norm, y, torch.full_like(y, 7.0))
     assert norm(y / norm.unit.float())[:, 0].flatten().tolist() == pytest.approx(
         [5, 7, 9], abs=1e-5
     )
@@ -60,7 +59,7 @@ def test_a_column_s_unit_makes_any_scale_alike(seed, size):
     torch.manual_seed(seed)
     y = size * (torch.randn(50, 3, 2, 2) + torch.randn(3, 1, 1))
     norm = ColumnNorm(3, static=False).eval()
-    fit_norm(norm, y, y, "least-squares")
+    fit_norm(norm, y, y)
     assert torch.allclose(norm(y / norm.unit.float()), y, rtol=1e-4, atol=1e-4 * size)
 
 
@@ -70,7 +69,7 @@ def test_a_norm_gives_the_same_in_training_on_the_images_it_was_fitted_to():
     torch.manual_seed(0)
     y, want = torch.randn(64, 4, 3, 3), torch.randn(64, 4, 3, 3)
     norm = nn.BatchNorm2d(4)
-    fit_norm(norm.eval(), y, 0.3 * want + y, "least-squares")
+    fit_norm(norm.eval(), y, 0.3 * want + y)
     assert torch.allclose(deepcopy(norm).train()(y), norm.eval()(y), atol=1e-5)
 
 
@@ -79,7 +78,7 @@ def test_weights_are_rounded_for_their_sum():
     """Two inputs that are always equal: .5 + .5 is one whole weight, not two that were rounded up."""
     gram = torch.ones(1, 2, 2, dtype=torch.float64)
     weight = torch.tensor([[[0.5, 1.0], [0.5, -3.0]]], dtype=torch.float64)
-    whole, scale = rounded(Moments(gram, gram @ weight), weight, 3)
+    whole, scale = rounded(Moments(gram, gram @ weight, 1000), weight, 3)
     assert (whole * scale).sum(1).flatten().tolist() == pytest.approx([1, -2], abs=0.05)
 
 

@@ -342,15 +342,13 @@ def _calibrate_layer(
 @dataclass(frozen=True)
 class Calibration:
     """One walk through a network beside its reference. scales: off where the scales of inputs and
-    weights are learned already, and only the ADCs are to be set. policy: as in `set_adc`; fit: as
-    in `fit_norm`; rounding: of weights, each to the "nearest" whole number, or "learned" for what
-    columns give."""
+    weights are learned already, and only the ADCs are to be set. policy: as in `set_adc`;
+    rounding: of weights, each to the "nearest" whole number, or "learned" for what columns give."""
 
     network: Network
     reference: Network
     scales: bool = True
     policy: str = "error"
-    fit: str = "least-squares"
     rounding: str = "learned"
     done: Callable[[], None] = lambda: None
 
@@ -364,7 +362,7 @@ class Calibration:
         if node.op == "conv":
             return self._layer(node, ours[0], want), want
         if node.op == "batch_norm":
-            fit_norm(self.network.layer(node.module), ours[0], want, self.fit)
+            fit_norm(self.network.layer(node.module), ours[0], want)
         return self.network.compute(node, *ours), want
 
     def _layer(self, node: Node, x: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
@@ -373,7 +371,7 @@ class Calibration:
         _calibrate_layer(layer, image, target, self)
         y = layer.columns(image)
         if layer.norm is not None:
-            fit_norm(layer.norm, y, target, self.fit)
+            fit_norm(layer.norm, y, target)
             y = layer.norm(y / layer.norm.unit.float())
         self.done()
         return from_image(y, kind, node.shape)
@@ -396,42 +394,41 @@ def calibrate(
 
 
 # -- batch norm ------------------------------------------------------------------------------------
-FITS = ("least-squares", "variance", "as-is")
+PRIOR = 8  # positions that the slope of a norm is worth before any is seen
 
 
 @torch.no_grad()
-def fit_norm(norm: nn.Module, y: torch.Tensor, want: torch.Tensor, fit: str) -> None:
+def fit_norm(norm: nn.Module, y: torch.Tensor, want: torch.Tensor) -> None:
     """Set batch norm so that its values of y [N, C, ...] come near to `want`, of the same shape,
     channel by channel.
 
-    Its statistics become those of y; its multiplier and addend make the mean that of `want` and the
-    slope the one of least squared error ("least-squares") or the one that gives `want`'s variance
-    ("variance"). So the function stays the same when statistics are those of a batch, in training.
-    "as-is" changes nothing. Channels of `want` that do not vary in the sample keep their slope.
+    Its statistics become those of y; its addend makes the mean that of `want`, its multiplier the
+    slope that of least squared error. So the function stays the same when statistics are those of a
+    batch, in training. Few positions move the slope little from what it was (for a column's own
+    norm: 1), and a channel that does not vary keeps it.
     """
-    if fit == "as-is":
-        return
     y, want = (v.transpose(0, 1).flatten(1) for v in (y, want))
-    (var_y, mean_y), (var_want, mean_want) = (torch.var_mean(v, 1, correction=0) for v in (y, want))
-    covariance = ((y - mean_y.unsqueeze(1)) * (want - mean_want.unsqueeze(1))).mean(1)
-    if isinstance(norm, ColumnNorm):
-        norm.unit.fill_(float(var_y.mean().sqrt()) or 1.0)
-        was = norm.unit.float().expand_as(mean_y)
-    else:
-        was = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    unit = norm.unit.float() if isinstance(norm, ColumnNorm) else 1.0
-    mean, var = mean_y / unit, var_y / unit**2
-    slope = (
-        torch.sign(covariance) * torch.sqrt(var_want / var_y) * unit
-        if fit == "variance"
-        else covariance / var_y * unit
-    )
-    slope = torch.where((var_want > 0) & (var_y > 0), slope, was)
-    var = torch.where(var > 0, var, torch.ones_like(var))
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(var)
-    norm.weight.copy_(slope * torch.sqrt(var + norm.eps))
-    norm.bias.copy_(mean_want)
+    var, mean = torch.var_mean(y, 1, correction=0)
+    wanted = want.mean(1)
+    covariance = ((y - mean.unsqueeze(1)) * (want - wanted.unsqueeze(1))).mean(1)
+    unit, was = _unit_and_slope(norm, var)
+    prior = PRIOR / y.shape[1]
+    slope = (covariance + prior * var * was) / ((1 + prior) * var)
+    slope = torch.where((var > 0) & (want.var(1, correction=0) > 0), slope, was)
+    scaled = torch.where(var > 0, var / unit**2, torch.ones_like(var))
+    norm.running_mean.copy_(mean / unit)
+    norm.running_var.copy_(scaled)
+    norm.weight.copy_(slope * unit * torch.sqrt(scaled + norm.eps))
+    norm.bias.copy_(wanted)
+
+
+def _unit_and_slope(norm: nn.Module, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what the norm's values are divided by, its slope float32 [C]) before it is fitted to values
+    of variance `var` [C]; a column's own norm gets its unit."""
+    if not isinstance(norm, ColumnNorm):
+        return torch.ones(()), norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    norm.unit.fill_(float(var.mean().sqrt()) or 1.0)
+    return norm.unit.float(), torch.ones_like(var)
 
 
 def norms(network: nn.Module) -> list[nn.Module]:

@@ -36,10 +36,11 @@ BLOCK = 1024
 @dataclass(frozen=True)
 class Moments:
     """gram: float64 [groups, K, K], A above; cross: float64 [groups, K, columns of a group], c;
-    about the means, of inputs in codes."""
+    about the means, of inputs in codes; count: positions behind them."""
 
     gram: torch.Tensor
     cross: torch.Tensor
+    count: int
 
 
 @torch.no_grad()
@@ -84,7 +85,8 @@ def moments(inputs: torch.Tensor, want: torch.Tensor, geometry: Geometry, rows: 
         sums = [total + new.double() for total, new in zip(sums, found)]
         count += x.shape[2]
     gram, cross, x, y = (total / max(1, count) for total in sums)
-    return Moments(gram - x.unsqueeze(2) * x.unsqueeze(1), cross - x.unsqueeze(2) * y.unsqueeze(1))
+    centred = gram - x.unsqueeze(2) * x.unsqueeze(1), cross - x.unsqueeze(2) * y.unsqueeze(1)
+    return Moments(*centred, count)
 
 
 def _by_group(values: torch.Tensor, groups: int) -> torch.Tensor:
@@ -97,11 +99,11 @@ def rounded(found: Moments, weight: torch.Tensor, peak: int) -> tuple[torch.Tens
     weights [groups, K, O].
 
     >>> gram, w = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]]).double(), torch.tensor([[[0.4], [0.4]]]).double()
-    >>> whole, scale = rounded(Moments(gram, gram @ w), w, 1)
+    >>> whole, scale = rounded(Moments(gram, gram @ w, 1000), w, 1)
     >>> [round(float(x), 2) for x in (whole * scale).flatten()]  # as large as they are: both are the peak
     [0.4, 0.4]
     """
-    gram, ridge = with_ridge(found.gram)
+    gram, ridge = with_ridge(found)
     aim = torch.linalg.solve(gram, found.cross + ridge * weight)
     scale = best_scale(aim, gram, peak)
     return descend(_nearest(aim / scale, peak), scale, gram, aim, peak), scale
@@ -116,16 +118,19 @@ def rounded_in_blocks(
     scale = best_scale(weight, squares, peak)
     blocks = []
     for part, moments_ in found:
-        start, gram = _nearest(weight[:, part] / scale, peak), with_ridge(moments_.gram)[0]
+        start, gram = _nearest(weight[:, part] / scale, peak), with_ridge(moments_)[0]
         blocks.append(descend(start, scale, gram, weight[:, part], peak))
     return torch.cat(blocks, 1), scale
 
 
-def with_ridge(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A + r*I, r float64 [groups, 1, 1])."""
+def with_ridge(found: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A + r*I, r float64 [groups, 1, 1]): the fewer positions there are for each weight, the more
+    the float weights count."""
+    gram, rows = found.gram, found.gram.shape[1]
     square = torch.diagonal(gram, dim1=1, dim2=2).mean(1).view(-1, 1, 1)
-    ridge = RIDGE * torch.where(square > 0, square, torch.ones_like(square))
-    return gram + ridge * torch.eye(gram.shape[1], dtype=gram.dtype), ridge
+    share = RIDGE * (1 + rows / max(1, found.count))
+    ridge = share * torch.where(square > 0, square, torch.ones_like(square))
+    return gram + ridge * torch.eye(rows, dtype=gram.dtype), ridge
 
 
 def _nearest(values: torch.Tensor, peak: int) -> torch.Tensor:
