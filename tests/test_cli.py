@@ -277,7 +277,7 @@ def test_the_same_command_goes_on_from_its_state(rqtool, monkeypatch):
         "was written at the end\n"
     )
     told = (
-        "s: is the state of another job (--lr was 0.001 and is 0.1); give "
+        "s: is the state of another job (--lr was auto and is 0.1); give "
         "the command it was made with, or another --state"
     )
     ran = rqtool(*line, "--state", "s", "--force", "--lr", "0.1")
@@ -508,7 +508,7 @@ MACRO_VALUES = {
 RECIPE_VALUES = {
     "ideal_epochs": ("2", 2), "teacher": ("float", "float"), "distill_weight": ("0.7", 0.7), "distill_temperature": ("4", 4.0), "match": ("20", 20.0), "augment": ("shift", "shift"),
     "epochs": ("3", 3), "batch": ("32", 32), "lr": ("1e-4", 1e-4), "weight_decay": ("0.5", 0.5), "mode": ("ste", "ste"), "zero": ("learned", "learned"), "seed": ("7", 7), "tau_start": ("0.5", 0.5),
-    "tau_end": ("0.1", 0.1), "hard_share": ("0.3", 0.3), "warmup": ("0.2", 0.2), "calibration": ("peak", "peak"), "calibration_images": ("11", 11), "norm_images": ("12", 12), "held_out": ("13", 13),
+    "tau_end": ("0.1", 0.1), "hard_share": ("0.3", 0.3), "warmup": ("0.2", 0.2), "calibration": ("peak", "peak"), "rounding": ("nearest", "nearest"), "calibration_images": ("11", 11), "norm_images": ("12", 12), "held_out": ("13", 13),
 }  # fmt: skip
 AGAIN_VALUES = {name: value for name, value in RECIPE_VALUES.items() if name not in STAYS}
 PIXEL_VALUES = {
@@ -667,7 +667,7 @@ REFUSALS = {
     "quantize m.pt --data d --epochs x": (2, "--epochs must be a whole number, not x"),
     "quantize m.pt --data d --epochs -1": (2, "--epochs must be a whole number of at least 0, " "not -1"),
     "quantize m.pt --data d --seed -1": (2, "--seed must be a whole number of at least 0, not -1"),
-    "quantize m.pt --data d --lr fast": (2, "--lr must be a number, not fast"),
+    "quantize m.pt --data d --lr fast": (2, "--lr must be a positive number or auto, not fast"),
     "quantize m.pt --data d --mean 1,x": (2, "--mean must be numbers with commas between them, " "not x"),
     "quantize m.pt --data d --mode " "relax": (2, "--mode relax is not known; did you mean " "'relaxed'?"),
     "quantize m.pt --data d --threads 0": (2, "--threads must be a whole number of at least 1, " "not 0"),

@@ -608,8 +608,7 @@ def test_an_autoencoder_is_no_classifier(capsys):
         "error: d.npz: the model gives 64 numbers, as many as it takes, as "
         "an autoencoder does, and names the right one of 2 labels for 0.00 % "
         "of the images, "
-        "so it looks like no classifier; give --task classify if it is one, "
-        "or the data and --mean and --std it was trained with"
+        "so it looks like no classifier; give --task classify if it is one"
     )
     assert not Path("m.rq").exists()
     assert run([*line, "--task", "clasify"]) == 2

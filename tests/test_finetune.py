@@ -100,7 +100,7 @@ def tuned(recipe: Recipe, macro: Macro = FEW_BITS) -> tuple[Network, Candidate, 
     return network, before, finetune(network, TRAIN, HELD, recipe, before).best
 
 
-RECIPE = Recipe(epochs=4, batch=32, lr=1e-2, norm_images=300)
+RECIPE = Recipe(epochs=6, batch=32, lr=1e-2, norm_images=300)
 WORST = Candidate("worst", -1.0, 1e9, {})
 
 

@@ -318,13 +318,11 @@ def test_degenerate_models_and_images_freeze_all_the_same(edit, pixels, macro, w
 
 
 def test_a_layer_that_amplifies_what_it_never_saw_is_refused():
-    network = edited("nothing")
+    job = prepared(edited("nothing"), MACROS["split tiles"], (2, 8, 8), True)
     with torch.no_grad():
-        network.layer("1").bias.fill_(
-            1e6
-        )  # the second convolution sees a constant; its batch norm divides by almost no variance
+        job.network.layer("5").weight.fill_(2.0**30)  # the peaks are those of before
     with pytest.raises(InputError) as e:
-        frozen(network, MACROS["split tiles"], (2, 8, 8), True)
+        freeze(job.network, MACROS["split tiles"], job.peaks, job.pixels, True)
     sentence = str(e.value)
     assert sentence.startswith("relu_1: its weights allow values ")
     assert sentence.endswith(
@@ -333,6 +331,13 @@ def test_a_layer_that_amplifies_what_it_never_saw_is_refused():
         "more ADC bits where its reads all give one code, else retrain or "
         "prune that channel"
     )
+
+
+def test_a_convolution_that_sees_almost_a_constant_is_calibrated_to_what_it_varies():
+    network = edited("nothing")
+    with torch.no_grad():
+        network.layer("1").bias.fill_(1e6)
+    assert frozen(network, MACROS["split tiles"], (2, 8, 8), True).program.reads()
 
 
 def test_a_code_that_no_requant_can_count_is_refused():

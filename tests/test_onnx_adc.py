@@ -271,7 +271,14 @@ def test_free_thresholds_and_levels_equal_counting() -> None:
             )
 
 
-def test_an_integer_that_cannot_be_int32_is_not_clipped_silently() -> None:
-    body = Body()
-    with pytest.raises(AssertionError, match="p in -4294967296..4294967296 does not fit int32"):
-        Int(body, "p", -(1 << 32), 1 << 32, wide=True).clip(0, 15)
+def test_a_wide_integer_is_clipped_exactly_up_to_what_float64_holds() -> None:
+    """Whole numbers up to 2**53 are compared as reals; beyond them nothing is clipped silently."""
+    body, top = Body(), 1 << 53
+    clipped = Int(body, "p", -top, top, wide=True).clip(-7, 15)
+    assert (clipped.lo, clipped.hi) == (-7, 15)
+    body.append("Identity", (clipped.name,), "code")
+    p = np.array([-top, -(1 << 32) - 1, -(1 << 32), -8, -7, 0, 15, 16, 1 << 32, top - 1, top])
+    for values in run_everywhere(body, {"p": p}, {"code": TensorProto.INT32}, 1, {}):
+        assert np.array_equal(values["code"], np.clip(p, -7, 15))
+    with pytest.raises(AssertionError, match=f"p in {-top - 1}..{top} does not fit float64"):
+        Int(Body(), "p", -top - 1, top, wide=True).clip(0, 15)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rqtool.hardware.macro import Macro
 from rqtool.kernels import choose
+from rqtool.model.data import Preprocess
 from rqtool.report import results
 from rqtool.report.doctor import doctor
 from rqtool.report.text import number, pairs, paragraphs, table
@@ -63,7 +64,7 @@ CHAIN = [
 ]
 QUANTIZED = {
     "command": "quantize", "out": "m.rq", "macro": Macro().to_dict(), "recipe": {"epochs": 1, "seed": 3, "ideal_epochs": 0, "teacher": "none", "augment": "none"},
-    "roll_backs": 0, "chain": CHAIN, "epochs": [], "warnings": [], "twin_chosen": "epoch 1, batch norm re-estimated", "twin_out": None,
+    "roll_backs": 0, "learning_rate": None, "chain": CHAIN, "epochs": [], "warnings": [], "twin_chosen": "epoch 1, batch norm re-estimated", "twin_out": None,
     "metrics": {"float_top1": 92.1, "ptq_top1": 88.888, "tuned_top1": 90.0, "ideal_top1": 91.5, "adc_loss": 1.5, "adc_loss_se": 0.6, "adc_loss_interval": [0.324, 2.676], "agreement": 99.9, "images": 1000, "reads_per_mac": 1 / 9},
     "measured_on": "test", "train_images": 900, "held_out_images": 100, "chosen": "epoch 1", "fully_integer": True, "islands": [], "layers_off_macro": [],
     "layers": [LAYER], "seconds": 12.34,
@@ -161,10 +162,12 @@ def test_warnings_and_the_twin_s_file_are_told_last():
 
 def test_what_is_not_the_default_of_the_recipe_is_told():
     recipe = {"epochs": 2, "seed": 0, "ideal_epochs": 1, "teacher": "float", "augment": "shift"}
-    lines = results.quantized({**QUANTIZED, "recipe": recipe, "roll_backs": 2}).splitlines()
+    lines = results.quantized(
+        {**QUANTIZED, "recipe": recipe, "roll_backs": 2, "learning_rate": 1e-3}
+    ).splitlines()
     assert (
         "trained               2 epochs on 900 images, seed 0, after 1 epoch "
-        "with an ideal ADC, float teacher, shift; rolled back 2 times, each "
+        "with an ideal ADC, float teacher, shift, learning rate 0.001; rolled back 2 times, each "
         "to half the rate" in lines
     )
 
@@ -288,7 +291,7 @@ seconds    1.50"""
 
 def test_results_that_a_file_claims_are_only_data():
     data = {
-        "source": "m.rq", "kind": "rq", "macro": Macro().to_dict(), "preprocess": {"scale": 1.0, "mean": [0.0], "std": [1.0]}, "program_sha256": "ab",
+        "source": "m.rq", "kind": "rq", "macro": Macro().to_dict(), "preprocess": Preprocess(1.0).to_dict(), "program_sha256": "ab",
         "ops": [{"name": "conv\x1b[2J", "kind": "reads", "output": [1, 2]}],
     }  # fmt: skip
     for claimed in (None, [], {}, {"metrics": 5}, {"metrics": {}}):

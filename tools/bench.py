@@ -352,7 +352,7 @@ class Resnet:
     def step(
         self, network: nn.Module, relaxed: bool = False, teacher: Teacher | None = None
     ) -> Callable[[], None]:
-        optim = optimizer(network, Recipe())
+        optim = optimizer(network, Recipe().weight_decay)
         for n, layer in enumerate(read_layers(network).values()):
             layer.relaxation = Relaxation(TAU, n) if relaxed else None
         loss = partial(teacher.lesson, index=np.arange(len(self.labels))) if teacher else untaught

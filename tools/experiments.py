@@ -105,7 +105,7 @@ def run(name: str, seed: int, shared: Path, data: rqtool.Data, rows: Path) -> di
     """The JSON result of one job, without what is known of each layer. Raises RqError where rqtool
     will not do it."""
     about, task = EXPERIMENTS[name], TASKS[EXPERIMENTS[name].task]
-    macro, twin = rqtool.make_macro(about.preset, **dict(about.macro)), known_twin(name, seed, rows)
+    macro, twin = about.made_macro(), known_twin(name, seed, rows)
     preprocess = None if task.weights is None else rqtool.Preprocess(mean=task.mean, std=task.std)
     result = rqtool.quantize(
         read_model(task, shared / "models"),

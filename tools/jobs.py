@@ -9,6 +9,7 @@ from typing import Any
 import rqtool
 
 DISTILL_WEIGHT = 0.9
+PLAIN = {"granularity": "layer", "pack": "rows"}  # what a job's macro has where it says nothing
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ GOALS = {
 @dataclass(frozen=True)
 class Experiment:
     """One line of a table: a task on a macro, so many epochs of a recipe. macro and about: fields
-    of Macro and of Recipe."""
+    of Macro and of Recipe, laid over PLAIN and over a recipe without a teacher."""
 
     section: str
     task: str
@@ -65,6 +66,9 @@ class Experiment:
     preset: str | None = None
     epochs: int = 2
     about: tuple[tuple[str, Any], ...] = ()
+
+    def made_macro(self) -> rqtool.Macro:
+        return rqtool.make_macro(self.preset, **{**PLAIN, **dict(self.macro)})
 
     def recipe(self, seed: int) -> rqtool.Recipe:
         task = TASKS[self.task]
@@ -74,6 +78,7 @@ class Experiment:
                 "seed": seed,
                 "batch": task.batch,
                 "lr": task.lr,
+                "teacher": "none",
                 "distill_weight": DISTILL_WEIGHT,
                 **dict(self.about),
             }
@@ -83,14 +88,12 @@ class Experiment:
         """The most points that the ADC should cost; None where nothing was set as a goal."""
         if self.section != FINE:
             return None
-        return GOALS.get((self.task, self.preset), {}).get(
-            rqtool.make_macro(self.preset, **dict(self.macro)).adc_bits
-        )
+        return GOALS.get((self.task, self.preset), {}).get(self.made_macro().adc_bits)
 
     def twin(self) -> tuple:
         """All that the ideal-ADC twin depends on: no ADC, and whichever teacher, for it learns from
         the float network."""
-        macro, recipe = rqtool.make_macro(self.preset, **dict(self.macro)), self.recipe(0)
+        macro, recipe = self.made_macro(), self.recipe(0)
         return (
             self.task,
             macro.in_bits,

@@ -168,7 +168,14 @@ def of_chance(top1: float, y: np.ndarray, scores: int) -> list[str]:
     """A float model that is no better than naming a class at random, or always the same."""
     if scores < 2:
         return []
-    often = 100 * np.bincount(y).max() / len(y)
+    counts = np.bincount(y)
+    often, labels = 100 * counts.max() / len(y), int((counts > 0).sum())
+    classifier = (
+        f"it gives {scores} scores for {labels} label{'s' * (labels > 1)}, so that it may be no "
+        "classifier; "
+        if scores > labels
+        else ""
+    )
     for chance, guess in (
         (often, "always naming the most frequent class"),
         (100 / scores, "naming a class at random"),
@@ -176,7 +183,7 @@ def of_chance(top1: float, y: np.ndarray, scores: int) -> list[str]:
         if top1 <= chance + ERRORS * math.sqrt(chance * (100 - chance) / len(y)):
             return [
                 f"the float model has top-1 {top1:.2f} % on {len(y)} images, no "
-                f"better than {guess} ({chance:.2f} %); "
+                f"better than {guess} ({chance:.2f} %); {classifier}"
                 "check that weights, --arch, labels and pixels (--mean, --std, "
                 "--scale) belong together"
             ]
