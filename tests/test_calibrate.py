@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rqtool.hardware import adc
+from rqtool.hardware.adc import FREE_LEVEL_PEAK
 from rqtool.hardware.macro import Macro
-from rqtool.mapping.plan import FREE_LEVEL_PEAK, Geometry, Plan
+from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import extract
 from rqtool.model.capture import capture
 from rqtool.program import golden
+from rqtool.train.adc_numbers import group_shape, level_units
 from rqtool.train.calibrate import (
     STEPS,
     calibrate,
@@ -31,7 +33,7 @@ from rqtool.train.calibrate import (
     set_adc,
 )
 from rqtool.train.histogram import partial_sum_histogram
-from rqtool.train.layers import ReadLayer, group_shape, level_units
+from rqtool.train.layers import ReadLayer
 from rqtool.train.rewrite import read_layers, rewrite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -495,7 +497,7 @@ def test_set_adc_on_free_levels_with_a_step_for_each_column():
         h[column, np.array(sums) + 945] = [5, 100, 10, 1]
     set_adc(layer, h)
     assert float(layer.unit[1] / layer.unit[0]) == pytest.approx(2, rel=0.01)
-    values = layer.eval().level_values().numpy()
+    values = layer.eval().adc.level_values().numpy()
     assert np.abs(values[:2] / [[1], [2]] - [-50, 0, 10, 200]).max() < 0.3
     assert [
         [adc.threshold_code(p, row) for p in sums]

@@ -22,13 +22,14 @@ from rqtool.errors import ConfigError, StorageError
 from rqtool.hardware import adc
 from rqtool.model.capture import capture
 from rqtool.report.plots import histogram_svg, plot_files
+from rqtool.train.adc_numbers import group_shape
 from rqtool.train.calibrate import calibrate
 from rqtool.train.diagnose import (
-    Converter,
-    converter,
+    Table,
     judged,
     layer_rows,
     look,
+    table,
     together,
     trials,
     tried,
@@ -36,7 +37,7 @@ from rqtool.train.diagnose import (
 )
 from rqtool.train.finetune import Feed
 from rqtool.train.histogram import partial_sum_histogram, tile_histograms
-from rqtool.train.layers import ReadLayer, group_shape
+from rqtool.train.layers import ReadLayer
 from rqtool.train.measure import clip_rate, ideal_adcs, layer_table, watched
 from rqtool.train.paired import Loss, paired
 from rqtool.train.rewrite import read_layers, rewrite
@@ -75,12 +76,12 @@ def calibrated(macro: Macro):
 
 
 # -- figures by hand -------------------------------------------------------------------------------
-def by_hand() -> Converter:
+def by_hand() -> Table:
     """The ADC of the truth table in hardware/adc.py with step 4 for short: thresholds -6, -2, 3,
     zero 2, over p = -12 .. 12."""
     p = np.arange(-12, 13)
     code = adc.threshold_code(p, (-6, -2, 3))[None].astype(np.uint8)
-    return Converter(p, code, 4.0 * (code.astype(int) - 2), ((p < -10) | (p > 6))[None], 4)
+    return Table(p, code, 4.0 * (code.astype(int) - 2), ((p < -10) | (p > 6))[None], 4)
 
 
 def counts(**at: int) -> np.ndarray:
@@ -130,7 +131,7 @@ def test_the_converter_is_the_definition(name):
     pass."""
     macro = MACROS[name]
     layer = read_layers(calibrated(macro))["2"]
-    found = converter(layer)
+    found = table(layer)
     assert found.codes == macro.top + 1 and found.p[[0, -1]].tolist() == [macro.p_min, macro.p_max]
     if macro.levels == "free":
         levels, units = layer.levels.tolist(), layer.unit.tolist()
@@ -141,7 +142,7 @@ def test_the_converter_is_the_definition(name):
             assert code == [adc.threshold_code(int(p), thresholds) for p in found.p]
             assert value == [levels[c] * unit for c in code]
         return
-    numbers = layer.adc()
+    numbers = layer.adc.numbers()
     mults, zeros = (
         a.expand(group_shape(layer.plan)).flatten().tolist() for a in (numbers.mult, numbers.zero)
     )
@@ -175,7 +176,7 @@ def test_the_histograms_of_the_tiles_sum_to_the_layer_s(name):
         assert [row["tile"] for row in seen[layer_name].tiles] == list(range(len(layer.plan.tiles)))
         assert seen[layer_name].figures["clip_rate"] == clip_rate(whole, layer)
         assert seen[layer_name].figures["sqnr"] == pytest.approx(
-            judged(whole, converter(layer)).figures()["sqnr"]
+            judged(whole, table(layer)).figures()["sqnr"]
         )
     assert [row["clip_rate"] for row in layer_table(network, inputs())] == [
         one.figures["clip_rate"] for one in seen.values()

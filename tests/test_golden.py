@@ -761,6 +761,8 @@ def test_every_operation_has_a_rule():
 def test_code_of_no_partial_sum_leaves_the_code_book():
     program = reads_program(BY_HAND, FC, WEIGHTS, (1, 1), spec=TWO_BIT, **STEP_4)
     p = np.arange(-27, 28).reshape(1, 1, 1, 1, -1)
-    code, value = golden.convert(program, program.ops[0], 0, p)
+    converter = program.adc(program.ops[0]).at(0, 1)
+    code = converter.code(p)
+    value = converter.value(code)
     assert set(code.ravel().tolist()) == set(range(BY_HAND.top + 1))
     assert np.array_equal(value, adc.uniform_value(code, BY_HAND.zero))

@@ -18,6 +18,7 @@ from programs import CASES, images, layer_program
 
 from rqtool.errors import ConfigError
 from rqtool.hardware import adc
+from rqtool.hardware.converter import Levels
 from rqtool.hardware.macro import Macro
 from rqtool.kernels import (
     blocks,
@@ -37,8 +38,8 @@ from rqtool.kernels.spec import (
     Tables,
     free_level_spec,
     inside_spec,
-    level_codes,
     make_spec,
+    read_spec,
 )
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import extract
@@ -191,13 +192,7 @@ def random_layer(seed: int) -> Layer:
 
 def spec_of(layer: Layer) -> ReadSpec:
     """What the kernels get: the padding is in the input already."""
-    const = {role: layer.program.const(layer.op, role) for role in layer.op.consts}
-    free = layer.op.attrs["adc"]["kind"] == "free"
-    spec = (
-        free_level_spec(layer.plan, const["thresholds"], const["levels"])
-        if free
-        else make_spec(layer.plan, const["mult"], const["zero"], const["gain"])
-    )
+    spec = read_spec(layer.plan, layer.program.adc(layer.op))
     return replace(spec, geometry=replace(spec.geometry, padding=(0, 0)))
 
 
@@ -238,7 +233,7 @@ def test_every_accumulator_equals_golden(seed):
     )
     assert np.array_equal(chunked, expected)
     assert np.array_equal(
-        run.Reads(layer.program, layer.op)(torch.from_numpy(layer.x)).numpy(), expected
+        run.prepared(layer.program, layer.op)(torch.from_numpy(layer.x)).numpy(), expected
     )
     if layer.plan.acc_bound < choose.FLOAT32_WHOLE:
         assert all(np.array_equal(acc, expected) for acc in fused)
@@ -250,7 +245,7 @@ def test_the_shared_cases_equal_golden(name):
     x = images(program, 3)
     op = program.ops[0]
     assert np.array_equal(
-        run.Reads(program, op)(torch.from_numpy(x)).numpy(), golden.run(program, x)[op.output]
+        run.prepared(program, op)(torch.from_numpy(x)).numpy(), golden.run(program, x)[op.output]
     )
 
 
@@ -259,14 +254,16 @@ def test_without_numba_the_chunked_carrier_gives_the_same(name, monkeypatch):
     """In float32 where it is certified, else in float64."""
     monkeypatch.setattr(choose, "find_spec", lambda name: None)
     program = layer_program(CASES[name])
-    x, reads = images(program, 3), run.Reads(program, program.ops[0])
-    assert reads.certified or reads.ideal
-    assert not run.Runner(program).fast[program.ops[0].attrs["layer"]] or reads.ideal
+    x, reads = images(program, 3), run.prepared(program, program.ops[0])
+    assert reads.certified
+    assert not run.Runner(program).fast[program.ops[0].attrs["layer"]]
     expected = golden.run(program, x)[program.ops[0].output]
     assert np.array_equal(reads(torch.from_numpy(x)).numpy(), expected)
     monkeypatch.setattr(run, "certified", lambda *args: False)
     monkeypatch.setattr(run, "certified_levels", lambda *args: False)
-    assert np.array_equal(run.Reads(program, program.ops[0])(torch.from_numpy(x)).numpy(), expected)
+    assert np.array_equal(
+        run.prepared(program, program.ops[0])(torch.from_numpy(x)).numpy(), expected
+    )
     assert choose.for_training(torch.zeros(1), None) is choose.Chunked
 
 
@@ -866,7 +863,8 @@ def test_codes_of_every_partial_sum_are_those_of_each(seed):
         [adc.threshold_code(p, row) for p in range(macro.p_min, macro.p_max + 1)]
         for row in thresholds.tolist()
     ]
-    assert level_codes(Plan.make("layer", Geometry(2, 3), macro), thresholds).tolist() == expected
+    levels = Levels(thresholds, np.zeros(macro.top + 1, np.int64))
+    assert levels.codes(macro.p_min, macro.p_max).tolist() == expected
 
 
 @pytest.mark.parametrize("carrier", ["one pass", "torch"])
@@ -891,11 +889,8 @@ def test_values_of_a_table_get_the_gradients_of_the_reads_that_looked_them_up(
         }[granularity],
         (tiles, columns),
     ).copy()
-    spec = make_spec(
-        plan,
-        *np.ones((3, 1, 1)),
-        tables=Tables(macro.p_min, row, None, np.zeros((row.max() + 1, span), np.float32)),
-    )
+    tables = Tables(macro.p_min, row, None, np.zeros((row.max() + 1, span), np.float32))
+    spec = replace(inside_spec(plan, 0, 0), tables=tables)
     x, w, gy = (
         rng.integers(0, 4, (2, 4, 5, 4)),
         rng.integers(-3, 4, (6, 12)),
@@ -921,8 +916,8 @@ def test_free_levels_are_found_by_buckets_where_no_two_thresholds_share_one(thre
     """The second set is that of a convolution of ResNet-20; crowded ones are dense in the middle
     and far apart outside."""
     plan = Plan.make("layer", Geometry(2, 3), Macro(levels="free"))
-    tables = free_level_spec(plan, np.array([thresholds]), np.arange(-7, 9) * 50).tables
-    assert [form for form, _ in records.levels16(tables)] == forms
+    spec = free_level_spec(plan, np.array([thresholds]), np.arange(-7, 9) * 50)
+    assert [form for form, _ in records.levels16(spec)] == forms
 
 
 @pytest.mark.parametrize(
@@ -938,19 +933,15 @@ def test_columns_take_the_first_form_that_all_of_them_can(rows, forms):
     columns."""
     plan = Plan.make("layer", Geometry(20, 3), Macro(levels="free", granularity="column"))
     spec = free_level_spec(plan, np.array(rows), np.arange(-7, 9) * 50)
-    found = records.levels16(spec.tables)
+    found = records.levels16(spec)
     assert [(form, len(each)) for form, each in found] == [(form, 3) for form in forms]
     assert records.sixteen(spec, 4).adcs.shape == (1, 1, 4) and run.certified_levels(spec)
 
 
 def test_free_levels_with_more_steps_than_registers_hold_stay_tables():
     plan = Plan.make("layer", Geometry(2, 3), Macro(levels="free", adc_bits=6))
-    assert (
-        records.levels16(free_level_spec(plan, np.arange(-31, 32)[None], np.arange(64)).tables)
-        == []
-    )
-    halves = free_level_spec(plan, np.arange(-31, 32)[None], np.zeros(64, int)).tables
-    assert records.levels16(replace(halves, value=halves.value + np.float32(0.5))) == []
+    spec = free_level_spec(plan, np.arange(-31, 32)[None], np.arange(64))
+    assert records.levels16(spec) == []
 
 
 @settings(max_examples=40)

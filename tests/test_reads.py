@@ -24,8 +24,9 @@ from rqtool.mapping.planes import input_planes, weight_planes
 from rqtool.program import golden
 from rqtool.program.ir import Op, Program, Tensor
 from rqtool.train import layers
+from rqtool.train.adc_numbers import adc_numbers, group_shape, level_units, nearest_thresholds
 from rqtool.train.frozen import frozen_layer
-from rqtool.train.layers import ReadLayer, adc_numbers, group_shape, level_units, nearest_thresholds
+from rqtool.train.layers import ReadLayer
 from rqtool.train.reads import pad_codes, scaled, split_planes
 from rqtool.train.relax import Relaxation, mean_slope
 
@@ -206,7 +207,7 @@ def with_levels(layer: ReadLayer, seed: int, peak: int = 3000) -> ReadLayer:
             if macro.granularity == "column"
             else np.ones(1)
         )
-        layer.set_levels(
+        layer.adc.set_levels(
             nearest_thresholds(levels, zero, torch.from_numpy(ratio / level_units(macro))),
             levels,
             ratio,
@@ -351,7 +352,7 @@ def test_a_step_s_gradient_is_that_of_the_explicit_function(name, drawn, monkeyp
     x, w = codes_and_weights(macro, g)
     gy = torch.randn(2, 4, 4, 5, generator=torch.Generator().manual_seed(9))
     (layer.read(x, w) * gy).sum().backward()
-    numbers = layer.adc()
+    numbers = layer.adc.numbers()
     spec = make_spec(layer.plan, *(a.numpy() for a in (numbers.mult, numbers.zero, numbers.gain)))
     rate = (numbers.mult.double() / 2.0**macro.shift).expand(len(layer.plan.tiles), 4)
     slope_of = (
@@ -385,7 +386,7 @@ def test_a_zero_s_gradient_is_the_sum_over_all_reads(name, mode):
     )
     macro, g = Macro(adc_bits=3, wl=5, **about), Geometry(2, 4, (3, 3))
     layer = layer_of(macro, g).train()
-    layer.set_zero(np.array([3, 4, 2, 5])[np.arange(layer.zero.numel()) % 4])
+    layer.adc.set_zero(np.array([3, 4, 2, 5])[np.arange(layer.zero.numel()) % 4])
     layer.real_zero.requires_grad_()
     with torch.no_grad():
         layer.log_step.copy_(
@@ -399,7 +400,10 @@ def test_a_zero_s_gradient_is_the_sum_over_all_reads(name, mode):
     gy = torch.randn(2, 4, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     y = layer.read(x, w)
     (y * gy.float()).sum().backward()
-    numbers, expected = layer.adc(), torch.zeros(len(layer.plan.tiles), 4, dtype=torch.float64)
+    numbers, expected = (
+        layer.adc.numbers(),
+        torch.zeros(len(layer.plan.tiles), 4, dtype=torch.float64),
+    )
     step, zero = (a.expand(expected.shape) for a in (numbers.step, numbers.zero))
     for a, b in product(
         zip(layer.plan.input_planes, split_planes(x, layer.plan.input_planes)),
@@ -494,7 +498,7 @@ def test_reads_of_free_levels_are_straight_through_between_the_end_levels(about)
     x, w = codes_and_weights(macro, g)
     gy = torch.randn(2, 4, 4, 5, generator=torch.Generator().manual_seed(9))
     (layer.read(x, w) * gy).sum().backward()
-    lo, hi = (torch.from_numpy(ends).view(1, -1, 1) for ends in layer.level_ends())
+    lo, hi = (torch.from_numpy(ends).view(1, -1, 1) for ends in layer.adc.level_ends())
     wide = [t.detach().double().requires_grad_() for t in (x, w)]
     total, beyond = 0, []
     for a, b in product(
@@ -530,15 +534,15 @@ def test_the_gradient_of_free_levels_is_counted_on_the_first_images():
 
 def test_served_levels_follow_the_learned_gaps():
     layer = layer_of(Macro(levels="free", adc_bits=2), GEOMETRIES["conv"]).train()
-    layer.set_levels([-24, 5, 156], [-400, 0, 84, 2400])  # eighths: -50, 0, 10.5, 300
-    assert layer.learned_levels().tolist() == pytest.approx([-50, 0, 10.5, 300])
+    layer.adc.set_levels([-24, 5, 156], [-400, 0, 84, 2400])  # eighths: -50, 0, 10.5, 300
+    assert layer.adc.learned_levels().tolist() == pytest.approx([-50, 0, 10.5, 300])
     assert (layer.levels.tolist(), layer.thresholds.tolist()) == (
         [-400, 0, 84, 2400],
         [[-25, 6, 156]],
     )  # at half way, the upper of two where both are as near
     with torch.no_grad():
         layer.log_gaps[1] += log(2)
-    assert layer.learned_levels().tolist() == pytest.approx([-50, 0, 21, 310.5])
+    assert layer.adc.learned_levels().tolist() == pytest.approx([-50, 0, 21, 310.5])
     assert (layer.levels.tolist(), layer.thresholds.tolist()) == (
         [-400, 0, 168, 2484],
         [[-25, 11, 166]],
@@ -547,10 +551,10 @@ def test_served_levels_follow_the_learned_gaps():
 
 def test_served_thresholds_and_units_follow_the_learned_steps_of_columns():
     layer = layer_of(Macro(levels="free", adc_bits=2, granularity="column"), Geometry(1, 2)).train()
-    layer.set_levels([[-25, 6, 156]] * 2, [-400, 0, 84, 2400])
+    layer.adc.set_levels([[-25, 6, 156]] * 2, [-400, 0, 84, 2400])
     with torch.no_grad():
         layer.log_step[0, 1] -= log(2)
-    assert layer.level_values().tolist() == [
+    assert layer.adc.level_values().tolist() == [
         pytest.approx([-50, 0, 10.5, 300]),
         pytest.approx([-25, 0, 5.25, 150]),
     ]
@@ -561,15 +565,15 @@ def test_served_thresholds_and_units_follow_the_learned_steps_of_columns():
         2400,
     ]
     assert layer.unit.tolist() == pytest.approx([1 / 8, 1 / 16])
-    assert [ends.tolist() for ends in layer.level_ends()] == [[-50, -25], [300, 150]]
-    assert torch.equal(layer.eval().level_values(), layer.unit.view(2, 1) * layer.levels)
+    assert [ends.tolist() for ends in layer.adc.level_ends()] == [[-50, -25], [300, 150]]
+    assert torch.equal(layer.eval().adc.level_values(), layer.unit.view(2, 1) * layer.levels)
 
 
 def test_a_state_from_before_levels_were_learned_is_read():
     layer, other = (
         layer_of(Macro(levels="free", adc_bits=2), GEOMETRIES["conv"]) for _ in range(2)
     )
-    layer.set_levels([-24, 5, 156], [-400, 0, 84, 2400])
+    layer.adc.set_levels([-24, 5, 156], [-400, 0, 84, 2400])
     state = layer.state_dict() | {
         "zero": torch.full((1, 1), 2),
         "real_zero": torch.full((1, 1), 2.0, dtype=torch.float64),
@@ -588,7 +592,7 @@ def test_a_state_from_before_columns_had_thresholds_is_read():
     layer, other = (
         layer_of(Macro(levels="free", adc_bits=2), GEOMETRIES["conv"]) for _ in range(2)
     )
-    layer.set_levels([-24, 5, 156], [-400, 0, 84, 2400])
+    layer.adc.set_levels([-24, 5, 156], [-400, 0, 84, 2400])
     with torch.no_grad():
         layer.log_gaps += 1e-4
     state = layer.state_dict() | {"thresholds": layer.thresholds[0]}
@@ -600,7 +604,7 @@ def test_a_state_from_before_columns_had_thresholds_is_read():
 
 def test_a_state_without_a_learned_zero_is_read():
     layer, other = layer_of(Macro(), GEOMETRIES["conv"]), layer_of(Macro(), GEOMETRIES["conv"])
-    layer.set_zero(11)
+    layer.adc.set_zero(11)
     other.load_state_dict(
         {name: value for name, value in layer.state_dict().items() if name != "real_zero"}
     )

@@ -14,7 +14,7 @@ from torch import nn
 
 from rqtool.hardware.macro import Macro
 from rqtool.kernels import reference
-from rqtool.kernels.spec import Tables, make_spec
+from rqtool.kernels.spec import Tables, inside_spec
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.train import soft
 from rqtool.train.reads import split_planes, unpadded
@@ -76,9 +76,8 @@ def test_the_gradient_of_a_table_counts_its_look_ups(monkeypatch):
     span = plan.macro.p_max - plan.macro.p_min + 1
     value = rng.standard_normal((3, span)).astype(np.float32)
     spec = unpadded(
-        make_spec(
-            plan,
-            *np.ones((3, 1, 1)),
+        replace(
+            inside_spec(plan, 0, 0),
             tables=Tables(plan.macro.p_min, row, np.zeros_like(value), value),
         )
     )
@@ -110,7 +109,7 @@ def explicit_mean(
 ) -> torch.Tensor:
     """What `layer.read` gives in mode `mean`, float64 under plain autograd: planes, tiles and
     sigmoids one by one."""
-    plan, numbers = layer.plan, layer.adc()
+    plan, numbers = layer.plan, layer.adc.numbers()
     macro, g, y = plan.macro, plan.geometry, 0
     real = log_step.exp()
     step = (real + (numbers.step - real).detach()).expand(len(plan.tiles), g.columns)
@@ -264,7 +263,7 @@ def test_gumbel_reads_and_gradients_are_those_of_plain_autograd(name, tau, monke
     )
     layer, x, w, gy, y = went_through(macro, g, Relaxation(tau, 1, "gumbel"))
     xs, ws, log_step = (a.detach().double().requires_grad_() for a in (x, w, layer.log_step))
-    numbers, real = layer.adc(), log_step.exp()
+    numbers, real = layer.adc.numbers(), log_step.exp()
     step, out = (real + (numbers.step - real).detach()).expand(len(layer.plan.tiles), 4), 0
     rows = nn.functional.unfold(xs, g.kernel)
     for t, (first, last) in enumerate(layer.plan.tiles):

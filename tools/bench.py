@@ -39,11 +39,11 @@ from rqtool.program.freeze import Norm
 from rqtool.program.run import Runner
 from rqtool.report.doctor import processor
 from rqtool.storage import write_atomic
+from rqtool.train.adc_state import over_rows
 from rqtool.train.calibrate import calibrate, optimal_levels
 from rqtool.train.distill import Teacher
 from rqtool.train.finetune import Feed, Recipe, optimizer, untaught
 from rqtool.train.frozen import freeze, peaks_of
-from rqtool.train.layers import over_rows
 from rqtool.train.relax import Relaxation, slope_tables
 from rqtool.train.rewrite import read_layers, rewrite
 

@@ -7,6 +7,7 @@ sums        MatMulInteger(gains, codes) with the zero codes as zero points, or S
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from onnx import AttributeProto, TensorProto
 from rqtool.export.emit import Body, Int, Library, Ref
 from rqtool.export.layout import Layout, refuse_wide_inputs
 from rqtool.hardware import adc
+from rqtool.hardware.converter import Converter, Ideal, Levels, Uniform
 from rqtool.mapping.planes import Plane
 
 CONV_ATTRIBUTES = ("strides", "dilations", "group")
@@ -66,9 +68,9 @@ class ReadsBody:
             attributes["pad_code"] = lay.op.attrs["pad"]
         else:
             attributes["pads"] = [ph, pw, ph, pw]
-        if lay.spec["kind"] == "uniform":
-            attributes |= {"adc_shift": lay.spec["shift"], "adc_top": lay.spec["top"]}
-        return attributes
+        numbers = lay.adc.attrs()
+        del numbers["kind"]
+        return attributes | {f"adc_{name}": number for name, number in numbers.items()}
 
     @property
     def _pads_code(self) -> bool:
@@ -177,7 +179,7 @@ class ReadsBody:
         )
         return (
             raw
-            if self.layout.spec["top"] == 255
+            if self.layout.adc.top == 255
             else b.node("Clip", raw, zero, b.attribute("adc_top", TensorProto.UINT8), out="codes")
         )
 
@@ -200,25 +202,22 @@ class ReadsBody:
             "ConvInteger", x, *self._unsigned_cells, out="p", **self._conv_attributes
         )
         partial = Int(self.body, p, *self.layout.p_range)
-        kind = self.layout.spec["kind"]
-        return {"uniform": self._uniform_values, "free": self._free_values, "ideal": self._scaled}[
-            kind
-        ](partial)
+        return VALUES[type(self.layout.adc)](self, partial)
 
     def _uniform_values(self, p: Int) -> Int:
-        top = self._attribute_int("adc_top", self.layout.spec["top"])
+        top = self._attribute_int("adc_top", self.layout.adc.top)
         return self._values(adc.uniform_code(p, self._mult_int, self._shift, self._zero_int, top))
 
-    def _free_values(self, p: Int) -> Int:
+    def _level_values(self, p: Int) -> Int:
         """Codes by counting thresholds; a table look-up does what adc.level_value does, in one pass
         instead of one per level."""
         code = adc.threshold_code(p, self._thresholds)
-        levels = self.layout.table("levels").astype(np.int32)
+        levels = self.layout.adc.levels.astype(np.int32)
         value = self.body.node("Gather", self.input("levels", levels), code.name, out="level")
         return self._scaled(Int(self.body, value, int(levels.min()), int(levels.max())))
 
     def _counted(self, codes: str) -> Int:
-        return Int(self.body, self.body.cast(codes, TensorProto.INT32), 0, self.layout.spec["top"])
+        return Int(self.body, self.body.cast(codes, TensorProto.INT32), 0, self.layout.adc.top)
 
     def _values(self, code: Int) -> Int:
         return self._bounded(adc.uniform_value(code, self._zero_int, self._gain_int))
@@ -277,16 +276,16 @@ class ReadsBody:
 
     @cached_property
     def _mult(self) -> str:
-        return self.input("adc_mult", self.layout.per_read(self.layout.table("mult")))
+        return self.input("adc_mult", self.layout.per_read(self.layout.adc.mult))
 
     @cached_property
     def _zero(self) -> str:
-        return self.input("adc_zero", self.layout.per_read(self.layout.table("zero")))
+        return self.input("adc_zero", self.layout.per_read(self.layout.adc.zero))
 
     @cached_property
     def _thresholds(self) -> list[Int]:
         """Each threshold as a tensor [1, 1 or R, 1, 1] that broadcasts with the partial sums."""
-        b, table = self.body, self.layout.thresholds
+        b, table = self.body, self.layout.thresholds_per_read(self.layout.adc.thresholds)
         shaped = b.node(
             "Reshape",
             self.input("thresholds", table),
@@ -301,7 +300,7 @@ class ReadsBody:
 
     @cached_property
     def _shift(self) -> Int:
-        return self._attribute_int("adc_shift", self.layout.spec["shift"])
+        return self._attribute_int("adc_shift", self.layout.adc.shift)
 
     @cached_property
     def _scale(self) -> str:
@@ -320,11 +319,11 @@ class ReadsBody:
 
     @cached_property
     def _mult_int(self) -> Int:
-        return self._by_read(self._mult, self.layout.table("mult"), "mult_by_read")
+        return self._by_read(self._mult, self.layout.adc.mult, "mult_by_read")
 
     @cached_property
     def _zero_int(self) -> Int:
-        return self._by_read(self._zero, self.layout.table("zero"), "zero_by_read")
+        return self._by_read(self._zero, self.layout.adc.zero, "zero_by_read")
 
     @cached_property
     def _gain_int(self) -> Any:
@@ -350,6 +349,13 @@ class ReadsBody:
 
     def _attribute_int(self, name: str, value: int) -> Int:
         return Int(self.body, self.body.attribute(name, TensorProto.INT32), value, value)
+
+
+VALUES: dict[type[Converter], Callable[[ReadsBody, Int], Int]] = {
+    Ideal: ReadsBody._scaled,
+    Uniform: ReadsBody._uniform_values,
+    Levels: ReadsBody._level_values,
+}  # what an explicit body makes of partial sums
 
 
 def write_reads(layout: Layout, form: str, library: Library) -> tuple[str, ReadsBody]:

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
 
 import numpy as np
 
 from rqtool.errors import InputError, escaped
 from rqtool.hardware import adc
+from rqtool.hardware.converter import Converter, Uniform
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import extract
 from rqtool.program.ir import Op, Program
@@ -46,10 +46,10 @@ class Layout:
     def geometry(self) -> Geometry:
         return self.plan.geometry
 
-    @property
-    def spec(self) -> dict[str, Any]:
-        """kind, and for a uniform ADC shift and top."""
-        return self.op.attrs["adc"]
+    @cached_property
+    def adc(self) -> Converter:
+        """The ADCs of its reads."""
+        return self.program.adc(self.op)
 
     # -- rows and channels -------------------------------------------------------------------------
     @cached_property
@@ -154,30 +154,15 @@ class Layout:
         """int32 [1] where all reads share it, else [R], from a table [tiles or 1, columns or 1]."""
         return by_read(table, self.geometry.groups, self.tiles, self.planes, self.geometry.columns)
 
-    def table(self, role: str) -> np.ndarray:
-        """mult, zero or gain as the program holds it: int32 [tiles or 1, columns or 1]; thresholds
-        [columns or 1, top], levels [top + 1]."""
-        return self.program.const(self.op, role)
-
-    @cached_property
-    def thresholds(self) -> np.ndarray:
-        """int32 [top, 1 or R] of free levels, see `thresholds_by_read`."""
-        return thresholds_by_read(
-            self.table("thresholds"),
-            self.geometry.groups,
-            self.tiles,
-            self.planes,
-            self.geometry.columns,
-        )
+    def thresholds_per_read(self, rows: np.ndarray) -> np.ndarray:
+        """int32 [top, 1 or R] from thresholds [columns or 1, top], see `thresholds_by_read`."""
+        g = self.geometry
+        return thresholds_by_read(rows, g.groups, self.tiles, self.planes, g.columns)
 
     @cached_property
     def gain(self) -> np.ndarray:
         """int32 [R]: the gain of each read times the factor of its weight plane."""
-        gain = (
-            self.per_read(self.table("gain"))
-            if self.spec["kind"] == "uniform"
-            else np.ones(1, np.int32)
-        )
+        gain = self.per_read(self.adc.gain)
         factor = np.array([p.factor for p in self.plan.weight_planes], np.int32)[:, None]
         shape = (self.plan.tile_count, self.planes, self.geometry.group_columns)
         return (
@@ -212,19 +197,19 @@ class Layout:
 
     @cached_property
     def steps(self) -> np.ndarray:
-        """int64 [n, 2]: the distinct (mult, zero) of this layer's reads, sorted."""
-        mult, zero = np.broadcast_arrays(self.table("mult"), self.table("zero"))
-        return np.unique(np.stack([mult.reshape(-1), zero.reshape(-1)], 1).astype(np.int64), axis=0)
+        """int64 [n, 2]: the distinct (mult, zero) of this layer's reads, which are uniform, sorted."""
+        one = self.adc.each()
+        return np.unique(np.concatenate([one.mult, one.zero], 1), axis=0)
 
     @cached_property
     def requantises(self) -> bool:
         """Whether the requantisation of a QLinearConv is this ADC: uniform, one zero, and certified
         over every partial sum."""
-        if self.spec["kind"] != "uniform" or np.unique(self.table("zero")).size > 1:
+        if not isinstance(self.adc, Uniform) or np.unique(self.adc.zero).size > 1:
             return False
-        peak, top = max(abs(p) for p in self.p_range), self.spec["top"]
-        exact = adc.float32_exact(peak, self.spec["shift"], top.bit_length()) and top <= 255
-        return exact and not differing_codes(self.steps, self.p_range, self.spec["shift"], top)
+        peak, top, shift = max(abs(p) for p in self.p_range), self.adc.top, self.adc.shift
+        exact = adc.float32_exact(peak, shift, top.bit_length()) and top <= 255
+        return exact and not differing_codes(self.steps, self.p_range, shift, top)
 
 
 def gathered(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from rqtool.errors import InputError
 from rqtool.export.layout import Layout
 from rqtool.export.schema import FORMAT, validate_schema
 from rqtool.hardware import adc
+from rqtool.hardware.converter import Converter, Ideal, Levels, Uniform
 from rqtool.program.ir import Op, Program, Tensor
 
 ROW_ORDER = ["channel", "ky", "kx"]
@@ -142,32 +144,44 @@ def _weight(layout: Layout) -> dict[str, Any]:
 
 # -- the ADC ---------------------------------------------------------------------------------------
 def _adc(layout: Layout) -> dict[str, Any]:
-    macro, spec = layout.program.macro, layout.spec
+    macro, kind = layout.program.macro, type(layout.adc)
     common = {
-        "kind": spec["kind"], "bits": macro.adc_bits, "codebook": None if macro.ideal else macro.codebook, "shift": None, "top": None, "tie_free": True,
+        "kind": kind.kind, "bits": macro.adc_bits, "codebook": None if kind.exact else macro.codebook, "shift": None, "top": None, "tie_free": True,
         "steps": None, "step_of": None, "gain": None, "thresholds": None, "levels": None,
     }  # fmt: skip
-    if spec["kind"] == "uniform":
-        return common | _uniform(layout)
-    if spec["kind"] == "free":
-        return common | {
-            "top": macro.top,
-            "thresholds": layout.table("thresholds").tolist(),
-            "levels": layout.table("levels").tolist(),
-        }
-    return common
+    return common | ENTRIES[kind](layout)
+
+
+def _ideal(layout: Layout) -> dict[str, Any]:
+    return {}
+
+
+def _levels(layout: Layout) -> dict[str, Any]:
+    one = layout.adc
+    return {
+        "top": one.top,
+        "thresholds": one.thresholds.tolist(),
+        "levels": one.levels.tolist(),
+    }
 
 
 def _uniform(layout: Layout) -> dict[str, Any]:
-    shift, top = layout.spec["shift"], layout.spec["top"]
+    shift, top = layout.adc.shift, layout.adc.top
     pairs = [(int(m), int(z)) for m, z in layout.steps]
     tie_free = all(m % 2 for m, _ in pairs) and max(abs(p) for p in layout.p_range) < 1 << (
         shift - 1
     )
     return {
         "shift": shift, "top": top, "tie_free": tie_free, "steps": steps(pairs, shift, top), "step_of": _step_of(layout, pairs),
-        "gain": layout.table("gain").tolist(),
+        "gain": layout.adc.gain.tolist(),
     }  # fmt: skip
+
+
+ENTRIES: dict[type[Converter], Callable[[Layout], dict[str, Any]]] = {
+    Ideal: _ideal,
+    Uniform: _uniform,
+    Levels: _levels,
+}
 
 
 def steps(pairs: list[tuple[int, int]], shift: int, top: int) -> dict[str, Any]:
@@ -189,7 +203,7 @@ def steps(pairs: list[tuple[int, int]], shift: int, top: int) -> dict[str, Any]:
 def _step_of(layout: Layout, pairs: list[tuple[int, int]]) -> list[list[int]]:
     """Which of the distinct steps each read uses: [tiles or 1][columns or 1]."""
     index = {pair: n for n, pair in enumerate(pairs)}
-    mult, zero = np.broadcast_arrays(layout.table("mult"), layout.table("zero"))
+    mult, zero = np.broadcast_arrays(layout.adc.mult, layout.adc.zero)
     return [[index[pair] for pair in zip(m, z)] for m, z in zip(mult.tolist(), zero.tolist())]
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rqtool.hardware import adc
+from rqtool.hardware.converter import Ideal, Levels, Uniform
 
 
 class Entry(NamedTuple):
@@ -121,16 +122,33 @@ def _converted(
     spec: dict[str, Any], tile: int, columns: slice, p: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes and values of the partial sums p of one tile and some columns."""
-    if spec["kind"] == "ideal":
-        return p, p
-    if spec["kind"] == "free":
-        rows = spec["thresholds"]
-        code = _counted(p, rows[columns] if len(rows) > 1 else rows)
-        return code, np.array(spec["levels"], np.int64)[code]
+    return READERS[spec["kind"]](spec, tile, columns, p)
+
+
+def _ideal(
+    spec: dict[str, Any], tile: int, columns: slice, p: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    return p, p
+
+
+def _levels(
+    spec: dict[str, Any], tile: int, columns: slice, p: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    rows = spec["thresholds"]
+    code = _counted(p, rows[columns] if len(rows) > 1 else rows)
+    return code, np.array(spec["levels"], np.int64)[code]
+
+
+def _uniform(
+    spec: dict[str, Any], tile: int, columns: slice, p: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     step, gain = _of(spec["step_of"], tile, columns), _of(spec["gain"], tile, columns)
     zero = np.array(spec["steps"]["zero"], np.int64)[step]
     code = _counted(p, [spec["steps"]["thresholds"][n] for n in step])
     return code, adc.uniform_value(code, zero[:, None, None], gain[:, None, None])
+
+
+READERS = {Ideal.kind: _ideal, Uniform.kind: _uniform, Levels.kind: _levels}
 
 
 def _counted(p: np.ndarray, rows: list[list[int]]) -> np.ndarray:

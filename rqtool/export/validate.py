@@ -24,6 +24,7 @@ from rqtool.export import metadata
 from rqtool.export.emit import DOMAIN
 from rqtool.export.layout import by_read, differing_codes, gathered, thresholds_by_read
 from rqtool.hardware import adc
+from rqtool.hardware.converter import Ideal, Levels, Uniform
 from rqtool.mapping.plan import Geometry
 from rqtool.storage import read_file
 
@@ -156,10 +157,7 @@ def _check_layer(
             f"{layer['acc']['tensor']}"
         )
     _check_geometry(layer, {a.name: list(a.ints) or a.i for a in node.attribute}, constants)
-    if layer["adc"]["kind"] == "uniform":
-        _check_uniform(layer, node, constants)
-    if layer["adc"]["kind"] == "free":
-        _check_free(layer, constants)
+    CHECKS[layer["adc"]["kind"]](layer, node, constants)
 
 
 def _check_geometry(
@@ -255,7 +253,11 @@ def _check_uniform(
         _check_requantisation(layer, np.array(pairs, np.int64))
 
 
-def _check_free(layer: dict[str, Any], constants: dict[str, np.ndarray]) -> None:
+def _check_ideal(layer: dict[str, Any], node: NodeProto, constants: dict[str, np.ndarray]) -> None:
+    """It has no tensors."""
+
+
+def _check_levels(layer: dict[str, Any], node: NodeProto, constants: dict[str, np.ndarray]) -> None:
     thresholds = thresholds_by_read(np.array(layer["adc"]["thresholds"]), *_counts(layer))
     for role, described in {
         "thresholds": thresholds,
@@ -266,6 +268,9 @@ def _check_free(layer: dict[str, Any], constants: dict[str, np.ndarray]) -> None
                 f"{layer['layer']}: the tensor {layer['node']}/{role} is not the "
                 f"{role} of the metadata"
             )
+
+
+CHECKS = {Ideal.kind: _check_ideal, Uniform.kind: _check_uniform, Levels.kind: _check_levels}
 
 
 def _check_requantisation(layer: dict[str, Any], pairs: np.ndarray) -> None:

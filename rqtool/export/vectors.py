@@ -152,7 +152,7 @@ def word(layout: Layout, name: str) -> tuple[int, bool]:
     macro = layout.program.macro
     if name in ("tile_acc", "acc"):
         return ACC_BITS, True
-    if name == "input" or (name == "code" and not macro.ideal):
+    if name == "input" or (name == "code" and not layout.adc.exact):
         return macro.in_bits if name == "input" else macro.adc_bits, False
     lo, hi = (
         (int(layout.values.min()), int(layout.values.max())) if name == "cells" else layout.p_range

@@ -36,6 +36,7 @@ CODEBOOKS = ("twos", "sign-magnitude", "unsigned")
 Q15 = 15  # the canonical shift: exact in 16-bit SIMD, in float32 and in ONNX
 FLOAT32_BITS = 23  # S <= 23 - bits keeps the float32 form of a code exact
 MAX_GAIN = 127  # a tile's integer gain has 7 bits
+FREE_LEVEL_PEAK = 32767  # free levels are 16-bit integers
 
 
 def clamp(x: Any, lo: Any, hi: Any) -> Any:

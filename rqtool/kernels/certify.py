@@ -9,7 +9,7 @@ from rqtool.kernels import strips
 from rqtool.kernels.compiled import compiled
 from rqtool.kernels.layout import scratch
 from rqtool.kernels.records import MOST15, SHIFT16, levels16
-from rqtool.kernels.spec import Tables
+from rqtool.kernels.spec import ReadSpec
 from rqtool.kernels.strips import ADC, ADC16
 from rqtool.kernels.vector import DOT8, LANES
 
@@ -56,10 +56,10 @@ def every_code(p: np.ndarray, mult: int, shift: int, lo: int, hi: int) -> list[n
     return found
 
 
-def every_level(p: np.ndarray, tables: Tables) -> list[np.ndarray]:
-    """The tables' values [rows, P] of whole-number partial sums p [P] through the 16-bit forms that
+def every_level(p: np.ndarray, spec: ReadSpec) -> list[np.ndarray]:
+    """The spec's values [rows, P] of whole-number partial sums p [P] through the 16-bit forms that
     may be taken."""
-    found = levels16(tables) if DOT8 and np.abs(p).max() < MOST15 else []
+    found = levels16(spec) if DOT8 and np.abs(p).max() < MOST15 else []
     return [
         np.stack([_levels(p, form, records[n : n + 1]) for n in range(len(records))])
         for form, records in found

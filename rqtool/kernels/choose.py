@@ -113,7 +113,7 @@ def every_level(p: np.ndarray, spec: ReadSpec) -> list[np.ndarray]:
         return []
     from rqtool.kernels import certify
 
-    return certify.every_level(p, spec.tables)
+    return certify.every_level(p, spec)
 
 
 class Exact:

@@ -3,11 +3,13 @@ that is fastest for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from rqtool.kernels.spec import ReadSpec, Tables
+from rqtool.hardware.converter import Levels, Uniform
+from rqtool.kernels.spec import ReadSpec
 from rqtool.kernels.strips import (
     ADC,
     ADC16,
@@ -38,7 +40,7 @@ def adc_records(
     spread = lambda a: np.asarray(a).reshape(len(spec.tiles), g.groups, -1).transpose(1, 0, 2)  # noqa: E731
     for name in ("rate", "lo", "hi", "gain"):
         part[name] = spread(getattr(spec, name))
-    chosen = None if tables is None else getattr(tables, table)
+    chosen = tables and getattr(tables, table)
     if chosen is not None:
         chosen = np.ascontiguousarray(chosen, np.float32)
         records["table"] = chosen.ctypes.data - 4 * tables.p_min
@@ -76,53 +78,53 @@ class Sixteen:
 
 def sixteen(spec: ReadSpec, padded: int) -> Sixteen | None:
     """None where 16 bits are too few for a multiplier, a partial sum or a value."""
-    if spec.p_peak >= MOST15 or spec.noise is not None:
+    form = FORMS16.get(type(spec.adc))
+    if form is None or spec.p_peak >= MOST15 or spec.noise is not None:
         return None
-    return (
-        _uniform16(spec, padded)
-        if spec.tables is None
-        else _free16(spec, padded)
-        if spec.tables.value is not None
-        else None
-    )
+    return form(spec, padded)
 
 
 def _uniform16(spec: ReadSpec, padded: int) -> Sixteen | None:
-    g, mult = spec.geometry, spec.rate.astype(np.float64) * 2.0**SHIFT16
-    most = float(
-        np.max(np.maximum(np.abs(spec.lo), np.abs(spec.hi)) * np.abs(spec.gain), initial=1)
-    )
-    if most > MOST15 or not np.array_equal(mult, np.floor(mult)) or mult.max() > MOST15:
+    g, mult, gain = spec.geometry, spec.adc.mult, spec.adc.gain
+    lo, hi = -spec.adc.zero, spec.adc.top - spec.adc.zero
+    most = int(np.max(np.maximum(np.abs(lo), np.abs(hi)) * gain, initial=1))
+    if spec.adc.shift != SHIFT16 or most > MOST15 or mult.max() > MOST15:
         return None
+    tables = {"mult": mult, "lo": lo, "hi": hi, "gain": gain}
     records = np.zeros((g.groups, len(spec.tiles), padded), ADC16)
-    for name, a in (("mult", mult), ("lo", spec.lo), ("hi", spec.hi), ("gain", spec.gain)):
-        records[:, :, : g.group_columns][name] = a.reshape(len(spec.tiles), g.groups, -1).transpose(
-            1, 0, 2
-        )
-    return Sixteen(records, int(np.any(spec.gain != 1)), int(MOST15 // most))
+    for name, table in tables.items():
+        spread = np.broadcast_to(table, (len(spec.tiles), g.columns))
+        by_group = spread.reshape(len(spec.tiles), g.groups, -1).transpose(1, 0, 2)
+        records[:, :, : g.group_columns][name] = by_group
+    return Sixteen(records, int(np.any(gain != 1)), MOST15 // most)
 
 
 def _free16(spec: ReadSpec, padded: int) -> Sixteen | None:
-    """For tables of whole numbers with few steps; found from the tables themselves. Tiles that all
-    use the same ones share their records."""
-    g, found, row = spec.geometry, levels16(spec.tables), spec.tables.row
-    if not found or np.any(spec.gain != 1):
+    """For levels with few steps. All tiles use the same records."""
+    g, found = spec.geometry, levels16(spec)
+    if not found:
         return None
     form, rows = found[0]
-    row = row[:1] if np.all(row == row[:1]) else row
-    records = np.zeros((g.groups, len(row), padded), rows.dtype)
-    records[:, :, : g.group_columns] = rows[row.reshape(len(row), g.groups, -1).transpose(1, 0, 2)]
-    return Sixteen(
-        records, FREE_FORM + form, MOST15 // max(1, int(np.abs(spec.tables.value).max()))
-    )
+    spread = np.broadcast_to(rows, g.columns).reshape(g.groups, 1, -1)
+    records = np.zeros((g.groups, 1, padded), rows.dtype)
+    records[:, :, : g.group_columns] = spread
+    return Sixteen(records, FREE_FORM + form, MOST15 // max(1, int(np.abs(spec.values).max())))
 
 
-def levels16(tables: Tables) -> list[tuple[int, np.ndarray]]:
+FORMS16: dict[type, Callable[[ReadSpec, int], Sixteen | None]] = {
+    Uniform: _uniform16,
+    Levels: _free16,
+}
+
+
+def levels16(spec: ReadSpec) -> list[tuple[int, np.ndarray]]:
     """(number in strips.FREE16, its records [rows]) for each form, the fastest first, that all rows
-    of a value table may take; none where one has too many steps or values beyond 16 bits."""
-    if np.any(tables.value != np.floor(tables.value)) or np.abs(tables.value).max() > MOST15:
+    of thresholds may take; none where one has too many steps or levels beyond 16 bits."""
+    if np.abs(spec.values).max() > MOST15:
         return []
-    rows = [_steps(value, tables.p_min) for value in tables.value]
+    p_min, adc = spec.tables.p_min, spec.adc
+    p_max = p_min + spec.values.shape[1] - 1
+    rows = [_steps(thresholds, adc.levels, p_min, p_max) for thresholds in adc.thresholds]
     most = max(len(levels) for _, levels in rows)
     if most > 1 << FREE_BITS[-1]:
         return []
@@ -134,10 +136,16 @@ def levels16(tables: Tables) -> list[tuple[int, np.ndarray]]:
     ]
 
 
-def _steps(value: np.ndarray, p_min: int) -> tuple[np.ndarray, np.ndarray]:
-    """(thresholds [n], levels [n + 1]) of one row of a value table."""
-    steps = np.flatnonzero(np.diff(value)) + 1
-    return steps + p_min, value[np.concatenate([[0], steps])]
+def _steps(
+    thresholds: np.ndarray, levels: np.ndarray, p_min: int, p_max: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(thresholds [n], levels [n + 1]) of those thresholds at which the level of some partial sum
+    p_min .. p_max changes."""
+    within = np.unique(thresholds[(thresholds > p_min) & (thresholds <= p_max)])
+    reached = np.concatenate([[p_min], within])
+    value = levels[np.searchsorted(thresholds, reached, side="right")]
+    changes = np.diff(value) != 0
+    return within[changes], value[np.concatenate([[True], changes])]
 
 
 def _halved(thresholds: np.ndarray, levels: np.ndarray) -> np.ndarray:

@@ -151,8 +151,8 @@ class Tiles:
 
     def values(self, p: torch.Tensor, t: int, chunk: int) -> torch.Tensor:
         """gain * (code - zero) of every partial sum, or its table value; p is used up."""
-        if self.spec.tables is not None and self.spec.tables.value is not None:
-            return self.lookup(self.spec.tables.value, p, t).mul_(self.gain[t])
+        if self.spec.values is not None:
+            return self.lookup(self.spec.values, p, t).mul_(self.gain[t])
         q = self.raw_code(p, t, chunk).clamp_(self.lo[t], self.hi[t])
         return q if isinstance(self.gain[t], float) and self.gain[t] == 1 else q.mul_(self.gain[t])
 
@@ -161,11 +161,11 @@ class Tiles:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(slope, q - u * slope, slope - 1): how a read answers to its partial sum, its step and
         its zero (0 where a table gives the values)."""
-        tables, u = self.spec.tables, p * self.rate[t]
+        table, u = self.spec.slopes, p * self.rate[t]
         raw = self.raw_code(p.clone(), t, chunk)
         q = raw.clamp(self.lo[t], self.hi[t])
-        slope = (raw == q).to(p.dtype) if tables is None else self.lookup(tables.slope, p, t)
-        learned = tables is None or tables.value is None
+        slope = (raw == q).to(p.dtype) if table is None else self.lookup(table, p, t)
+        learned = self.spec.values is None
         return slope, *((q - u * slope, slope - 1) if learned else (torch.zeros_like(p),) * 2)
 
 

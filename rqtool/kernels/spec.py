@@ -1,18 +1,20 @@
 """What every carrier of the reads gets: one layer's geometry, tiles and ADC, as arrays per (tile,
 column).
 
-u   = p * rate                      rate = mult / 2**shift
+u   = p * rate                      rate = mult / 2**shift, exact in float32
 q   = clamp(floor(u + 1/2 + noise), lo, hi)       lo = -zero, hi = top - zero
 acc = sum over tiles of gain * q                  or of value[row, p - p_min] where `tables` are given
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from rqtool.hardware import adc
+from rqtool.hardware.converter import Converter, Levels, Uniform
 from rqtool.mapping.plan import Geometry, Plan
 
 
@@ -43,7 +45,8 @@ class Noise:
 @dataclass(frozen=True)
 class ReadSpec:
     """One pair of planes of one layer. rate, lo, hi, gain: float32 [T, O] (gain 1 unless tiles have
-    their own step); p_peak: no partial sum is larger. order: as in `Plan`."""
+    their own step); p_peak: no partial sum is larger. order: as in `Plan`. adc: the integers that
+    the arrays and tables are made of; None where they are those of no ADC."""
 
     geometry: Geometry
     tiles: tuple[tuple[int, int], ...]
@@ -55,6 +58,17 @@ class ReadSpec:
     tables: Tables | None = None
     noise: Noise | None = None
     order: tuple[int, ...] | None = None
+    adc: Converter | None = None
+
+    @property
+    def values(self) -> np.ndarray | None:
+        """The table that reads look their values up in; None where they are computed."""
+        return self.tables and self.tables.value
+
+    @property
+    def slopes(self) -> np.ndarray | None:
+        """The table that the backward pass looks slopes up in; None where they are computed."""
+        return self.tables and self.tables.slope
 
 
 def over_reads(table: np.ndarray, plan: Plan) -> np.ndarray:
@@ -63,28 +77,30 @@ def over_reads(table: np.ndarray, plan: Plan) -> np.ndarray:
     return np.broadcast_to(np.asarray(table, dtype=np.float32), shape).copy()
 
 
-def make_spec(
-    plan: Plan,
-    mult: np.ndarray,
-    zero: np.ndarray,
-    gain: np.ndarray,
-    *,
-    tables: Tables | None = None,
-    noise: Noise | None = None,
-) -> ReadSpec:
-    """The spec of a uniform ADC: mult, zero, gain are [1 or T, 1 or O] arrays of whole numbers."""
-    rate = (
-        np.asarray(mult, dtype=np.float64) / 2.0**plan.macro.shift
-    )  # exact in float32: mult < 2**S <= 2**22
-    zero = np.asarray(zero)
-    arrays = (over_reads(a, plan) for a in (rate, -zero, plan.macro.top - zero, gain))
-    p_peak = max(-plan.macro.p_min, plan.macro.p_max)
-    return ReadSpec(
-        plan.geometry, plan.tiles, *arrays, p_peak, tables=tables, noise=noise, order=plan.order
-    )
+def read_spec(plan: Plan, adc: Uniform | Levels) -> ReadSpec:
+    """The spec of a layer's ADCs."""
+    return SPECS[type(adc)](plan, adc)
 
 
-def inside_spec(plan: Plan, lo: np.ndarray, hi: np.ndarray) -> ReadSpec:
+def uniform_spec(plan: Plan, adc: Uniform) -> ReadSpec:
+    """The spec of ADCs with equal steps."""
+    rate = adc.mult / 2.0**adc.shift  # exact in float32: mult < 2**S <= 2**22
+    arrays = (over_reads(a, plan) for a in (rate, -adc.zero, adc.top - adc.zero, adc.gain))
+    return ReadSpec(plan.geometry, plan.tiles, *arrays, p_peak(plan), order=plan.order, adc=adc)
+
+
+def make_spec(plan: Plan, mult: np.ndarray, zero: np.ndarray, gain: np.ndarray) -> ReadSpec:
+    """The same from [1 or T, 1 or O] arrays of whole numbers, on the plan's macro."""
+    tables = (np.asarray(a).astype(np.int64) for a in (mult, zero, gain))
+    return uniform_spec(plan, Uniform(*tables, plan.macro.shift, plan.macro.top))
+
+
+def p_peak(plan: Plan) -> int:
+    """The largest magnitude of a partial sum."""
+    return max(-plan.macro.p_min, plan.macro.p_max)
+
+
+def inside_spec(plan: Plan, lo: np.ndarray | int, hi: np.ndarray | int) -> ReadSpec:
     """The spec of q = clamp(p, lo, hi), whole numbers [1 or O]: its slope is 1 from lo to hi and 0
     beyond. For the backward pass of ADCs whose values are looked up: hard codes need no table
     there."""
@@ -96,36 +112,22 @@ def inside_spec(plan: Plan, lo: np.ndarray, hi: np.ndarray) -> ReadSpec:
         lo,
         hi,
         gain,
-        max(-plan.macro.p_min, plan.macro.p_max),
+        p_peak(plan),
         order=plan.order,
     )
 
 
-def level_codes(plan: Plan, thresholds: np.ndarray) -> np.ndarray:
-    """int64 [1 or O, P]: the code of every partial sum by thresholds [1 or O, top], one ADC for the
-    layer or one for each column."""
-    p_min, p_max = plan.macro.p_min, plan.macro.p_max
-    lo = int(np.clip(thresholds.min(), p_min + 1, p_max + 1)) - 1
-    hi = int(
-        np.clip(thresholds.max(), lo, p_max)
-    )  # beyond both codes stay as they are, and most sums of a large array lie there
-    code = adc.threshold_code(np.arange(lo, hi + 1), thresholds.T[:, :, None])
-    return np.pad(code, ((0, 0), (lo - p_min, p_max - hi)), mode="edge")
+def level_spec(plan: Plan, adc: Levels, code: np.ndarray | None = None) -> ReadSpec:
+    """The spec of ADCs with free levels; code: its `codes`, where they are known."""
+    code = adc.codes(plan.macro.p_min, plan.macro.p_max) if code is None else code
+    row = np.broadcast_to(np.arange(len(code)), (len(plan.tiles), plan.geometry.columns)).copy()
+    tables = Tables(plan.macro.p_min, row, None, adc.levels.astype(np.float32)[code])
+    return replace(inside_spec(plan, 0, 0), tables=tables, adc=adc)
 
 
 def free_level_spec(plan: Plan, thresholds: np.ndarray, levels: np.ndarray) -> ReadSpec:
-    """The spec of ADCs with free levels: thresholds [1 or O, top] and levels [top + 1], integers."""
-    return level_spec(plan, level_codes(plan, thresholds), levels)
+    """The same from thresholds [1 or O, top] and levels [top + 1], integers."""
+    return level_spec(plan, Levels(np.asarray(thresholds), np.asarray(levels)))
 
 
-def level_spec(plan: Plan, code: np.ndarray, levels: np.ndarray) -> ReadSpec:
-    """The same from the codes, as `level_codes` gives them."""
-    row = np.broadcast_to(np.arange(len(code)), (len(plan.tiles), plan.geometry.columns)).copy()
-    one = np.ones((1, 1))
-    return make_spec(
-        plan,
-        one,
-        one,
-        one,
-        tables=Tables(plan.macro.p_min, row, None, levels.astype(np.float32)[code]),
-    )
+SPECS: dict[type, Callable[[Plan, Any], ReadSpec]] = {Uniform: uniform_spec, Levels: level_spec}

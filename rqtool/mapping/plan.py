@@ -14,11 +14,9 @@ from math import prod
 from typing import Any
 
 from rqtool.errors import ConfigError
-from rqtool.hardware import adc
+from rqtool.hardware.converter import of_macro
 from rqtool.hardware.macro import Macro
 from rqtool.mapping.planes import Plane, input_planes, weight_planes
-
-FREE_LEVEL_PEAK = 32767  # free levels are 16-bit integers
 
 
 @dataclass(frozen=True)
@@ -124,11 +122,7 @@ class Plan:
     def value_peak(self) -> int:
         """The largest magnitude one read can add to an accumulator, before the factors of its
         planes."""
-        if self.macro.ideal:
-            return self.macro.p_max
-        if self.macro.levels == "free":
-            return FREE_LEVEL_PEAK
-        return self.macro.top * (adc.MAX_GAIN if self.macro.granularity == "tile" else 1)
+        return of_macro(self.macro).value_peak(self.macro)
 
     @cached_property
     def acc_bound(self) -> int:

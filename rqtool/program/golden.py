@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rqtool.hardware import adc
 from rqtool.mapping.plan import Geometry
 from rqtool.mapping.planes import extract
 from rqtool.program.ir import Op, Program
@@ -55,7 +54,9 @@ def each_read(program: Program, op: Op, x: np.ndarray) -> Iterator[Read]:
     weight = program.const(op, "weight").astype(np.int64).reshape(g.groups, g.group_columns, g.rows)
     if plan.order is not None:
         rows, weight = rows[:, :, list(plan.order)], weight[:, :, list(plan.order)]
+    adcs = program.adc(op)
     for t, (start, stop) in enumerate(plan.tiles):
+        converter = adcs.at(t, g.groups)
         for i, a in enumerate(plan.input_planes):
             for j, b in enumerate(plan.weight_planes):
                 p = np.einsum(
@@ -63,34 +64,8 @@ def each_read(program: Program, op: Op, x: np.ndarray) -> Iterator[Read]:
                     extract(weight[:, :, start:stop], b),
                     extract(rows[:, :, start:stop], a),
                 )
-                code, value = convert(program, op, t, p)
-                yield Read(t, i, j, a.factor * b.factor, p, code, value)
-
-
-def convert(program: Program, op: Op, tile: int, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and values of the partial sums of one tile: int64, both the shape of p [N, groups,
-    columns of a group, H, W]."""
-    spec = op.attrs["adc"]
-    if spec["kind"] == "ideal":
-        return p, p
-    if spec["kind"] == "free":
-        thresholds = [
-            _of_tile(column[None], tile, p.shape[1]) for column in program.const(op, "thresholds").T
-        ]
-        code = adc.threshold_code(p, thresholds)
-        return code, adc.level_value(code, program.const(op, "levels"))
-    mult, zero, gain = (
-        _of_tile(program.const(op, role), tile, p.shape[1]) for role in ("mult", "zero", "gain")
-    )
-    code = adc.uniform_code(p, mult, spec["shift"], zero, spec["top"])
-    return code, adc.uniform_value(code, zero, gain)
-
-
-def _of_tile(table: np.ndarray, tile: int, groups: int) -> np.ndarray:
-    """The entries [groups or 1, columns of a group or 1, 1, 1] that tile `tile` uses of a table
-    [tiles or 1, columns or 1]."""
-    row = table[tile if table.shape[0] > 1 else 0].astype(np.int64)
-    return row.reshape(groups if row.size > 1 else 1, -1, 1, 1)
+                code = converter.code(p)
+                yield Read(t, i, j, a.factor * b.factor, p, code, converter.value(code))
 
 
 def _reads(program: Program, op: Op, x: np.ndarray) -> np.ndarray:

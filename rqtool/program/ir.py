@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from rqtool.errors import InputError, escaped
+from rqtool.hardware.converter import KINDS, Converter, from_consts
 from rqtool.hardware.macro import Macro
 from rqtool.mapping.plan import Geometry, Plan
 
@@ -41,12 +42,6 @@ WIDE_BOUND = (
 )  # and one of 64 bits below this, so float64 holds every product and partial sum
 MAX_SHIFT, MAX_WIDE_SHIFT = 30, 50
 INT32 = (1 << 31) - 1
-
-ADC_TABLES = {
-    "ideal": (),
-    "uniform": ("mult", "zero", "gain"),
-    "free": ("thresholds", "levels"),
-}  # constants of each kind of adc
 
 ATTRIBUTES = {
     "quantize": {"exponent", "lo", "hi"},
@@ -125,6 +120,11 @@ class Program:
         return Plan.make(
             op.attrs["layer"], Geometry.from_dict(op.attrs["geometry"]), self.macro, order
         )
+
+    def adc(self, op: Op) -> Converter:
+        """The ADC of a reads operation."""
+        roles = KINDS[op.attrs["adc"]["kind"]].roles
+        return from_consts(op.attrs["adc"], {role: self.const(op, role) for role in roles})
 
     def reads(self) -> tuple[Op, ...]:
         """The operations that use the macro, in order."""
@@ -218,7 +218,7 @@ def _check_op(program: Program, op: Op, known: set[str]) -> None:
             refuse(f"{name} is used before it is made")
     if op.output not in program.tensors:
         refuse(f"{op.output} has no shape")
-    if op.kind == "reads" and op.attrs["adc"]["kind"] not in ADC_TABLES:
+    if op.kind == "reads" and op.attrs["adc"]["kind"] not in KINDS:
         refuse(f"adc {op.attrs['adc']['kind']} is unknown")
     for role in roles(op):
         if role not in op.consts:
@@ -233,7 +233,7 @@ def _check_op(program: Program, op: Op, known: set[str]) -> None:
 def roles(op: Op) -> tuple[str, ...]:
     """The constants that an operation cannot do without."""
     if op.kind == "reads":
-        return ("weight", *ADC_TABLES[op.attrs["adc"]["kind"]])
+        return ("weight", *KINDS[op.attrs["adc"]["kind"]].roles)
     return ("add", *(f"mult{n}" for n in range(len(op.inputs)))) if op.kind == "requant" else ()
 
 

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from rqtool.errors import ConfigError, InputError, escaped
-from rqtool.hardware import adc
-from rqtool.hardware.macro import Macro
-from rqtool.mapping.plan import FREE_LEVEL_PEAK, Geometry, Plan
+from rqtool.hardware.converter import of_macro
+from rqtool.mapping.plan import Geometry, Plan
 from rqtool.program.ir import (
     INT32,
     MAX_SHIFT,
@@ -125,7 +124,8 @@ def _reads(p: Program, op: Op, x: Tensor) -> Made:
         f"its weights pass {p.macro.q_w}",
     )
     plan = Plan.make(str(op.attrs["layer"]), g, p.macro)
-    ADCS[_kind(p.macro)](p, op, plan)
+    need(of_macro(p.macro).belongs(op.attrs["adc"], p.macro), "its ADC is not the macro's")
+    p.adc(op).check(p.macro, len(plan.tiles), g.columns)
     if p.macro.pack == "spread":
         need("order" in op.consts, "it has no constant for order")
         order = p.const(op, "order")
@@ -134,62 +134,6 @@ def _reads(p: Program, op: Op, x: Tensor) -> Made:
             "its order is not one of its rows",
         )
     return (g.columns, *size), -plan.acc_bound, plan.acc_bound
-
-
-def _kind(macro: Macro) -> str:
-    return "ideal" if macro.ideal else "free" if macro.levels == "free" else "uniform"
-
-
-def _ideal(p: Program, op: Op, plan: Plan) -> None:
-    need(op.attrs["adc"] == {"kind": "ideal"}, "its ADC is not the macro's")
-
-
-def _uniform(p: Program, op: Op, plan: Plan) -> None:
-    macro = p.macro
-    need(
-        op.attrs["adc"] == {"kind": "uniform", "shift": macro.shift, "top": macro.top},
-        "its ADC is not the macro's",
-    )
-    ranges = {
-        "mult": (1, (1 << macro.shift) - 1),
-        "zero": (0, macro.top),
-        "gain": (1, adc.MAX_GAIN if macro.granularity == "tile" else 1),
-    }
-    for role, (lo, hi) in ranges.items():
-        table = p.const(op, role)
-        need(
-            table.ndim == 2
-            and table.shape[0] in (1, len(plan.tiles))
-            and table.shape[1] in (1, plan.geometry.columns),
-            f"its {role} has shape {list(table.shape)}",
-        )
-        need(lo <= int(table.min()) and int(table.max()) <= hi, f"its {role} leaves {lo}..{hi}")
-    need(np.all(p.const(op, "mult") & 1), "its mult is even somewhere")
-
-
-def _free(p: Program, op: Op, plan: Plan) -> None:
-    need(op.attrs["adc"]["kind"] == "free", "its ADC is not the macro's")
-    thresholds, levels = p.const(op, "thresholds"), p.const(op, "levels")
-    need(
-        thresholds.ndim == 2 and thresholds.shape[0] in (1, plan.geometry.columns),
-        f"its thresholds have shape {list(thresholds.shape)}",
-    )
-    need(
-        thresholds.shape[1] == p.macro.top and levels.shape == (p.macro.top + 1,),
-        "its thresholds and levels are not one code book",
-    )
-    need(np.all(np.diff(thresholds.astype(np.int64), axis=1) >= 0), "its thresholds do not ascend")
-    need(
-        int(np.abs(levels.astype(np.int64)).max()) <= FREE_LEVEL_PEAK,
-        f"its levels pass {FREE_LEVEL_PEAK}",
-    )
-
-
-ADCS: dict[str, Callable[[Program, Op, Plan], None]] = {
-    "ideal": _ideal,
-    "uniform": _uniform,
-    "free": _free,
-}
 
 
 def _xsum(p: Program, op: Op, x: Tensor) -> Made:

@@ -15,8 +15,9 @@ import torch
 from torch.nn import functional as F
 
 from rqtool.hardware import adc
+from rqtool.hardware.converter import Converter, Ideal, Levels, Uniform
 from rqtool.kernels import choose
-from rqtool.kernels.spec import ReadSpec, free_level_spec, make_spec
+from rqtool.kernels.spec import ReadSpec, read_spec
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import extract
 from rqtool.model.network import flat_pads
@@ -58,34 +59,30 @@ def certified_levels(spec: ReadSpec) -> bool:
     return all(np.array_equal(levels, tables.value) for levels in choose.every_level(p, spec))
 
 
+CERTIFICATES: dict[type[Converter], Callable[[Plan, ReadSpec], bool]] = {
+    Uniform: lambda plan, spec: certified(plan, spec.adc.mult, spec.adc.zero),
+    Levels: lambda plan, spec: certified_levels(spec),
+}
+
+
 class Reads:
-    """One reads operation, prepared: planes of the weight, spec of the ADC, certificate."""
+    """One reads operation, prepared: planes of the weight, spec of the ADC, certificate.
+
+    carrier: what runs it, in words; fused: whether that is the fused kernel.
+    """
 
     def __init__(self, program: Program, op: Op) -> None:
         self.plan, self.pad = program.plan(op), op.attrs["pad"]
-        g, kind = self.plan.geometry, op.attrs["adc"]["kind"]
-        weight = torch.from_numpy(program.const(op, "weight").astype(np.int32)).reshape(
-            g.columns, -1
-        )
-        self.planes = [extract(weight, b) for b in self.plan.weight_planes]
-        self.ideal, self.certified = kind == "ideal", False
-        if not self.ideal:
-            spec, self.certified = self._spec(program, op, kind)
-            self.exact = [choose.Exact(w, spec, self.plan, self.certified) for w in self.planes]
-
-    def _spec(self, program: Program, op: Op, kind: str) -> tuple[ReadSpec, bool]:
-        if kind == "free":
-            spec = free_level_spec(
-                self.plan, program.const(op, "thresholds"), program.const(op, "levels")
-            )
-            return spec, certified_levels(spec)
-        mult, zero, gain = (program.const(op, role) for role in ("mult", "zero", "gain"))
-        return make_spec(self.plan, mult, zero, gain), certified(self.plan, mult, zero)
+        adcs = program.adc(op)
+        spec = read_spec(self.plan, adcs)
+        self.certified = CERTIFICATES[type(adcs)](self.plan, spec)
+        self.exact = [
+            choose.Exact(w, spec, self.plan, self.certified)
+            for w in weight_planes(program, op, self.plan)
+        ]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """acc int32 [N, O, H_out, W_out] from uint8 codes [N, C, H, W]."""
-        if self.ideal:
-            return self._ideal(x)
         acc, planes = None, self.plan.input_planes
         for a in planes:
             part, pad = (extract(x, a), extract(self.pad, a)) if len(planes) > 1 else (x, self.pad)
@@ -95,7 +92,16 @@ class Reads:
                 acc = found if acc is None else acc.add_(found)
         return acc
 
-    def _ideal(self, x: torch.Tensor) -> torch.Tensor:
+
+class IdealReads:
+    """A reads operation whose ADC is ideal: a convolution in float64, which is exact."""
+
+    def __init__(self, program: Program, op: Op) -> None:
+        self.plan, self.pad, self.certified = program.plan(op), op.attrs["pad"], True
+        self.planes = weight_planes(program, op, self.plan)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """acc int32 [N, O, H_out, W_out] from uint8 codes [N, C, H, W]."""
         g, acc = self.plan.geometry, 0
         x = F.pad(x, (g.padding[1], g.padding[1], g.padding[0], g.padding[0]), value=self.pad)
         planes = [(b.factor, w) for b, w in zip(self.plan.weight_planes, self.planes)]
@@ -105,6 +111,25 @@ class Reads:
                 x.double(), kernel, None, g.stride, 0, g.dilation, g.groups
             )
         return acc.int()
+
+
+def weight_planes(program: Program, op: Op, plan: Plan) -> list[torch.Tensor]:
+    """The planes of a layer's weight, int32 [O, K] each."""
+    weight = torch.from_numpy(program.const(op, "weight").astype(np.int32))
+    flat = weight.reshape(plan.geometry.columns, -1)
+    return [extract(flat, b) for b in plan.weight_planes]
+
+
+READS: dict[type[Converter], Callable[[Program, Op], Reads | IdealReads]] = {
+    Ideal: IdealReads,
+    Uniform: Reads,
+    Levels: Reads,
+}
+
+
+def prepared(program: Program, op: Op) -> Reads | IdealReads:
+    """A reads operation made ready to run."""
+    return READS[type(program.adc(op))](program, op)
 
 
 # -- the other operations: one rule each -----------------------------------------------------------
@@ -189,14 +214,14 @@ class Runner:
         self.program = program
         self.rules = [self._rule(op) for op in program.ops]
         self.fast = {
-            op.attrs["layer"]: rule.ideal or (rule.certified and choose.numba_available())
+            op.attrs["layer"]: rule.certified and choose.numba_available()
             for op, rule in zip(program.ops, self.rules)
             if op.kind == "reads"
         }
 
     def _rule(self, op: Op) -> Callable[..., torch.Tensor]:
         if op.kind == "reads":
-            return Reads(self.program, op)
+            return prepared(self.program, op)
         consts = {
             role: torch.from_numpy(np.array(self.program.constants[name]))
             for role, name in op.consts.items()

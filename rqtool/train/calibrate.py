@@ -18,12 +18,14 @@ import torch
 from torch import nn
 
 from rqtool.hardware import adc
+from rqtool.hardware.adc import FREE_LEVEL_PEAK
 from rqtool.hardware.macro import Macro
-from rqtool.mapping.plan import FREE_LEVEL_PEAK
 from rqtool.model.graph import Node
 from rqtool.model.network import Network, from_image, to_image
+from rqtool.train.adc_numbers import level_units, nearest_thresholds
+from rqtool.train.adc_state import AdcState, LevelState, UniformState
 from rqtool.train.histogram import partial_sum_histogram
-from rqtool.train.layers import ColumnNorm, ReadLayer, level_units, nearest_thresholds
+from rqtool.train.layers import ColumnNorm, ReadLayer
 from rqtool.train.reads import pad_codes
 from rqtool.train.rewrite import own_norm
 from rqtool.train.rounding import fit_weights
@@ -291,13 +293,14 @@ def set_adc(layer: ReadLayer, histogram: np.ndarray, policy: str = "error") -> N
     `partial_sum_histogram`. policy: what a calibrated step is for, the least squared "error", the
     largest sum ("peak"), or the largest of 99.9 % ("percentile"); free levels always the first.
     """
+    SETTERS[type(layer.adc)](layer, histogram, policy)
+
+
+def _set_steps(layer: ReadLayer, histogram: np.ndarray, policy: str) -> None:
     macro = layer.plan.macro
-    if macro.levels == "free":
-        _set_levels(layer, histogram)
-        return
     if macro.range == "calibrated" and policy == "error":
         step, zero = optimal_uniform(histogram, macro)
-        layer.set_zero(zero)
+        layer.adc.set_zero(zero)
     elif macro.range == "calibrated":
         step = covering_step(histogram, macro, 1.0 if policy == "peak" else PERCENTILE)
     else:
@@ -313,13 +316,19 @@ def set_adc(layer: ReadLayer, histogram: np.ndarray, policy: str = "error") -> N
     )
 
 
-def _set_levels(layer: ReadLayer, histogram: np.ndarray) -> None:
+def _set_levels(layer: ReadLayer, histogram: np.ndarray, policy: str) -> None:
     macro = layer.plan.macro
     if macro.granularity == "layer":
-        layer.set_levels(*optimal_levels(histogram.sum(0), macro))
+        layer.adc.set_levels(*optimal_levels(histogram.sum(0), macro))
     else:
         found = optimal_column_levels(histogram, macro)
-        layer.set_levels(found.thresholds(macro), found.levels, found.ratio)
+        layer.adc.set_levels(found.thresholds(macro), found.levels, found.ratio)
+
+
+SETTERS: dict[type[AdcState], Callable[[ReadLayer, np.ndarray, str], None]] = {
+    UniformState: _set_steps,
+    LevelState: _set_levels,
+}
 
 
 @torch.no_grad()
@@ -332,7 +341,7 @@ def _calibrate_layer(
     codes = pad_codes(layer.input(x), layer.plan.geometry.padding, int(layer.input.zero))
     if about.scales and about.rounding == "learned":
         fit_weights(layer, codes, want)
-    if not layer.plan.macro.ideal:
+    if not layer.adc.exact:
         weight = layer.weight_codes()
         if layer.plan.macro.pack == "spread":
             layer.set_order(spread_order(codes, weight, layer.plan))

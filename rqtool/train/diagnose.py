@@ -22,14 +22,12 @@ import numpy as np
 import torch
 
 from rqtool.errors import escaped
-from rqtool.hardware import adc
-from rqtool.kernels.spec import level_codes
 from rqtool.mapping.plan import Plan
 from rqtool.model.network import Network
 from rqtool.train.finetune import Feed
 from rqtool.train.histogram import tile_histograms
-from rqtool.train.layers import ReadLayer, group_shape
-from rqtool.train.measure import clip_bounds, hits, ideal_adcs, percent, watched
+from rqtool.train.layers import ReadLayer
+from rqtool.train.measure import hits, ideal_adcs, percent, watched
 from rqtool.train.paired import Loss, paired
 from rqtool.train.rewrite import read_layers
 
@@ -53,7 +51,7 @@ REASONS = {
 
 # -- an ADC over every partial sum -----------------------------------------------------------------
 @dataclass(frozen=True)
-class Converter:
+class Table:
     """What a layer's ADCs (G of them: one, or one for each column or tile) make of every partial
     sum p_min .. p_max.
 
@@ -68,28 +66,14 @@ class Converter:
     codes: int
 
 
-def converter(layer: ReadLayer) -> Converter:
+def table(layer: ReadLayer) -> Table:
     """The ADCs of a layer, code by code from hardware/adc.py; the layer's ADC is not ideal."""
-    macro = layer.plan.macro
+    macro, served = layer.plan.macro, layer.adc.snap()
     p = np.arange(macro.p_min, macro.p_max + 1)
-    code, value = (_free if macro.levels == "free" else _uniform)(layer, p)
-    lo, hi = np.array(clip_bounds(layer)).T[:, :, None]
-    return Converter(p, code.astype(np.uint8), value, (p < lo) | (p > hi), macro.top + 1)
-
-
-def _uniform(layer: ReadLayer, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    macro, numbers = layer.plan.macro, layer.adc()
-    mult, zero, step = (
-        t.expand(group_shape(layer.plan)).reshape(-1, 1).numpy()
-        for t in (numbers.mult, numbers.zero, numbers.step)
-    )
-    code = adc.uniform_code(p, mult, macro.shift, zero, macro.top)
-    return code, adc.uniform_value(code, zero, step)
-
-
-def _free(layer: ReadLayer, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    code = level_codes(layer.plan, layer.thresholds.numpy())
-    return code, layer.unit.unsqueeze(1).numpy() * layer.levels.numpy()[code]
+    code = served.codes(macro.p_min, macro.p_max)
+    value = np.take_along_axis(layer.adc.code_values(), code, 1)
+    lo, hi = np.array(layer.adc.clip_bounds()).T[:, :, None]
+    return Table(p, code.astype(np.uint8), value, (p < lo) | (p > hi), served.top + 1)
 
 
 # -- what it does to its reads ---------------------------------------------------------------------
@@ -122,11 +106,11 @@ class Reads:
         }
 
 
-def judged(histogram: np.ndarray, adcs: Converter, rows: slice = slice(None)) -> Reads:
+def judged(histogram: np.ndarray, adcs: Table, rows: slice = slice(None)) -> Reads:
     """What the ADCs `rows` do to the reads counted in histogram, int64 [G of these rows, P]."""
     used = np.flatnonzero(histogram.any(0))  # of thousands of partial sums a tile has hundreds
     histogram, p = histogram[:, used], adcs.p[used].astype(np.float64)
-    code, value, clipped = (table[rows][:, used] for table in (adcs.code, adcs.value, adcs.clipped))
+    code, value, clipped = (each[rows][:, used] for each in (adcs.code, adcs.value, adcs.clipped))
     place = code + adcs.codes * np.arange(len(code))[:, None]
     hit = (
         np.bincount(place.ravel(), histogram.ravel(), len(code) * adcs.codes).reshape(
@@ -172,7 +156,7 @@ class Seen:
 
 def seen(layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> Seen:
     """What a layer's ADCs do to the reads of padded input codes [N, C, H, W] and weights [O, K]."""
-    adcs, by_tile = converter(layer), layer.plan.macro.granularity == "tile"
+    adcs, by_tile = table(layer), layer.plan.macro.granularity == "tile"
     total, parts = np.zeros(adcs.p.size, np.int64), []
     for t, histogram in enumerate(tile_histograms(codes, weight, layer.plan)):
         total += histogram.sum(0)
@@ -190,16 +174,9 @@ def seen(layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> Seen:
 
 def _typical(layer: ReadLayer) -> tuple[tuple[int, ...], tuple[int, int]]:
     """(thresholds, full scale) of the ADC with the median step."""
-    macro, bounds = layer.plan.macro, clip_bounds(layer)
-    if macro.levels == "free":
-        g = _median(layer.unit.tolist())
-        return tuple(layer.thresholds[g].tolist()), bounds[g]
-    numbers = layer.adc()
-    mults, zeros = (
-        a.expand(group_shape(layer.plan)).flatten().tolist() for a in (numbers.mult, numbers.zero)
-    )
-    g = _median(mults)
-    return adc.uniform_thresholds(mults[g], macro.shift, zeros[g], macro.top), bounds[g]
+    g = _median(layer.adc.sizes())
+    rows = layer.adc.snap().each().thresholds
+    return tuple(rows[g, 0].tolist()), layer.adc.clip_bounds()[g]
 
 
 def _median(values: list[float]) -> int:
@@ -214,7 +191,7 @@ def look(network: Network, x: torch.Tensor) -> dict[str, Seen]:
     found: dict[str, Seen] = {}
 
     def watch(name: str, layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> None:
-        if not layer.plan.macro.ideal:
+        if not layer.adc.exact:
             found[name] = seen(layer, codes, weight)
 
     with watched(network, watch):
@@ -227,7 +204,7 @@ def trials(network: Network) -> list[frozenset[str]]:
     """Which layers are ideal in each measurement: none, all, all but one, only one. A network with
     ideal ADCs has nothing to try."""
     layers = read_layers(network)
-    if all(layer.plan.macro.ideal for layer in layers.values()):
+    if all(layer.adc.exact for layer in layers.values()):
         return [frozenset()]
     every = frozenset(layers)
     return list(

@@ -357,7 +357,7 @@ def finetune(
     where that has not helped three times.
     """
     for layer in read_layers(network).values():
-        if layer.zero_can_move():
+        if layer.adc.zero_can_move():
             layer.real_zero.requires_grad_(recipe.zero == "learned")
     optim = optimizer(network, recipe.weight_decay)
     run = start or _run(0, 0, best, network, optim)

@@ -27,7 +27,8 @@ def frozen_layer(layer: ReadLayer) -> Frozen:
         .view(g.columns, g.channels // g.groups, *g.kernel)
         .numpy()
     )
-    adc, consts, unit = _adc(layer, macro)
+    adc = layer.adc.snap()
+    consts = adc.consts()
     if macro.pack == "spread":
         consts["order"] = layer.order.numpy().astype(np.int32)
     bias = np.zeros(g.columns) if layer.bias is None else layer.bias.double().numpy()
@@ -37,28 +38,12 @@ def frozen_layer(layer: ReadLayer) -> Frozen:
         int(layer.input.zero),
         float(layer.input.scale),
         layer.weights.scale.double().numpy(),
-        unit,
+        layer.adc.unit(),
         bias,
-        adc,
+        adc.attrs(),
         consts,
         norm,
     )
-
-
-def _adc(layer: ReadLayer, macro: Macro) -> tuple[dict, dict[str, np.ndarray], np.ndarray]:
-    if macro.ideal:
-        return {"kind": "ideal"}, {}, np.ones(1)
-    if macro.levels == "free":
-        consts = {
-            "thresholds": layer.thresholds.numpy().astype(np.int32),
-            "levels": layer.levels.numpy().astype(np.int32),
-        }
-        return {"kind": "free"}, consts, layer.unit.numpy()
-    numbers = layer.adc()
-    consts = {
-        role: getattr(numbers, role).numpy().astype(np.int32) for role in ("mult", "zero", "gain")
-    }
-    return {"kind": "uniform", "shift": macro.shift, "top": macro.top}, consts, numbers.unit.numpy()
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from rqtool.kernels import reference
-from rqtool.kernels.spec import ReadSpec, make_spec
+from rqtool.kernels.spec import ReadSpec, inside_spec
 from rqtool.mapping.plan import Plan
 from rqtool.mapping.planes import extract
-from rqtool.train.layers import group_shape
+from rqtool.train.adc_numbers import group_shape
 from rqtool.train.reads import unpadded
 
 SAMPLED = 6_000_000  # partial sums counted per layer at most
@@ -20,8 +20,7 @@ SAMPLED = 6_000_000  # partial sums counted per layer at most
 
 def plain_spec(plan: Plan) -> ReadSpec:
     """A spec whose ADC is not used: only its tiles are."""
-    one = np.ones((1, 1))
-    return unpadded(make_spec(plan, one, one, one))
+    return unpadded(inside_spec(plan, 0, 0))
 
 
 @torch.no_grad()

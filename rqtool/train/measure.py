@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from rqtool.hardware import adc
 from rqtool.model.data import Images
 from rqtool.model.network import Network
 from rqtool.program.ir import Program
 from rqtool.program.run import Runner
 from rqtool.train.finetune import EVAL_BATCH, HELD_VALUES, Feed, fitting, fitting_network
 from rqtool.train.histogram import partial_sum_histogram
-from rqtool.train.layers import ReadLayer, group_shape
+from rqtool.train.layers import ReadLayer
 from rqtool.train.rewrite import read_layers
 from rqtool.train.served import Served
 
@@ -86,30 +85,10 @@ def ideal_adcs(network: Network, names: Collection[str]) -> Iterator[None]:
 def clip_rate(histogram: np.ndarray, layer: ReadLayer) -> float:
     """The share of reads whose partial sum lies beyond full scale; histogram as from
     `partial_sum_histogram`."""
-    bounds = clip_bounds(layer)
+    bounds = layer.adc.clip_bounds()
     p = np.arange(layer.plan.macro.p_min, layer.plan.macro.p_max + 1)
     clipped = sum(int(row[(p < lo) | (p > hi)].sum()) for row, (lo, hi) in zip(histogram, bounds))
     return clipped / max(1, int(histogram.sum()))
-
-
-def clip_bounds(layer: ReadLayer) -> list[tuple[int, int]]:
-    """(lowest, highest) partial sum within full scale, for each group of steps."""
-    macro = layer.plan.macro
-    if macro.levels == "free":
-        return [(int(lo), int(hi)) for lo, hi in zip(*layer.level_ends())]
-    numbers = layer.adc()
-    groups = zip(
-        *(
-            a.expand(group_shape(layer.plan)).flatten().tolist()
-            for a in (numbers.mult, numbers.zero)
-        )
-    )
-    return [
-        adc.clip_bounds(
-            adc.uniform_thresholds(mult, macro.shift, zero, macro.top), 2.0**macro.shift / mult
-        )
-        for mult, zero in groups
-    ]
 
 
 @contextmanager
@@ -150,13 +129,8 @@ def _row(layer: ReadLayer, codes: torch.Tensor, weight: torch.Tensor) -> dict[st
         "input_scale": float(layer.input.scale),
         "input_zero": int(layer.input.zero),
     }
-    if layer.plan.macro.ideal:
-        return row | {"step": None, "zero": None, "clip_rate": 0.0}
+    row |= layer.adc.figures()
+    if layer.adc.exact:
+        return row | {"clip_rate": 0.0}
     histogram = partial_sum_histogram(codes, weight, layer.plan)
-    free = layer.plan.macro.levels == "free"
-    step = None if free else float(layer.adc().step.mean())
-    return row | {
-        "step": step,
-        "zero": None if free else int(layer.zero.median()),
-        "clip_rate": clip_rate(histogram, layer),
-    }
+    return row | {"clip_rate": clip_rate(histogram, layer)}

@@ -16,20 +16,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import exp, log1p
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
 from rqtool.kernels import reference
-from rqtool.kernels.spec import ReadSpec, Tables, make_spec, over_reads
+from rqtool.kernels.spec import ReadSpec, Tables, inside_spec, over_reads, read_spec
 from rqtool.mapping.plan import Plan
+from rqtool.train.adc_numbers import AdcNumbers
 from rqtool.train.reads import learned_table_reads, reads, unpadded
 from rqtool.train.relax import SEEDS, Relaxation, mean_code, mean_slope
-
-if TYPE_CHECKING:
-    from rqtool.train.layers import AdcNumbers
 
 LAMBDA = 2 / 3  # temperature of the softmax, as Maddison et al. (ICLR 2017) found it to work best
 NEAREST = 5
@@ -76,9 +73,8 @@ def mean_call(
         slope.float().numpy(),
         value.detach().float().numpy(),
     )
-    spec = unpadded(
-        make_spec(plan, *np.ones((3, 1, 1)), tables=tables)
-    )  # with values in tables, only the tiles count
+    # with values in tables, only the tiles count
+    spec = unpadded(replace(inside_spec(plan, 0, 0), tables=tables))
     return lambda x, w, pair: learned_table_reads(x, w, value, spec, spec)
 
 
@@ -223,9 +219,7 @@ def gumbel_call(
     relax: Relaxation,
 ) -> Callable:
     """As `mean_call`."""
-    spec = unpadded(
-        make_spec(plan, *(a.numpy() for a in (numbers.mult, numbers.zero, numbers.gain)))
-    )
+    spec = unpadded(read_spec(plan, numbers.adc))
 
     def call(x: torch.Tensor, w: torch.Tensor, pair: int) -> torch.Tensor:
         tables = gumbel_tables(
