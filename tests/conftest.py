@@ -29,6 +29,7 @@ GROUPS = {
     "test_chain": "numerics slow",
     "test_cli": "files slow",
     "test_cli_docs": "files slow",
+    "test_converter": "numerics",
     "test_correction": "numerics slow",
     "test_count": "unit",
     "test_data": "files",

@@ -23,7 +23,7 @@ from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import input_planes, weight_planes
 from rqtool.program import golden
 from rqtool.program.ir import Op, Program, Tensor
-from rqtool.train import layers
+from rqtool.train import adc_state
 from rqtool.train.adc_numbers import adc_numbers, group_shape, level_units, nearest_thresholds
 from rqtool.train.frozen import frozen_layer
 from rqtool.train.layers import ReadLayer
@@ -132,7 +132,7 @@ def test_with_a_perfect_adc_reads_are_a_convolution_and_so_is_their_gradient(nam
     gy = torch.randn(
         2, g.columns, *g.out_size(*x.shape[2:]), generator=torch.Generator().manual_seed(2)
     )
-    got = layer.read(x, w)
+    got = layer.adc.read(x, w)
     (got * gy).sum().backward()
     grads = x.grad, w.grad
     x.grad = w.grad = None
@@ -351,7 +351,7 @@ def test_a_step_s_gradient_is_that_of_the_explicit_function(name, drawn, monkeyp
         layer.relaxation = Relaxation(0.3, 1)
     x, w = codes_and_weights(macro, g)
     gy = torch.randn(2, 4, 4, 5, generator=torch.Generator().manual_seed(9))
-    (layer.read(x, w) * gy).sum().backward()
+    (layer.adc.read(x, w) * gy).sum().backward()
     numbers = layer.adc.numbers()
     spec = make_spec(layer.plan, *(a.numpy() for a in (numbers.mult, numbers.zero, numbers.gain)))
     rate = (numbers.mult.double() / 2.0**macro.shift).expand(len(layer.plan.tiles), 4)
@@ -398,7 +398,7 @@ def test_a_zero_s_gradient_is_the_sum_over_all_reads(name, mode):
     layer.relaxation = None if mode == "ste" else Relaxation(0.3, 1, mode)
     x, w = codes_and_weights(macro, g)
     gy = torch.randn(2, 4, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    y = layer.read(x, w)
+    y = layer.adc.read(x, w)
     (y * gy.float()).sum().backward()
     numbers, expected = (
         layer.adc.numbers(),
@@ -430,7 +430,7 @@ def test_a_zero_s_gradient_is_the_sum_over_all_reads(name, mode):
         atol=1e-4 * float(expected.abs().max()),
     )
     layer.real_zero.requires_grad_(False)
-    assert torch.equal(layer.read(x, w), y)
+    assert torch.equal(layer.adc.read(x, w), y)
 
 
 FREE = {
@@ -447,12 +447,12 @@ def test_gaps_and_steps_of_free_levels_get_the_gradient_of_every_read(about, mon
     """d/d log gap_n = gap_n times the gradients, each times its column's ratio, of all reads whose
     code lies beyond the gap, seen from the code of p = 0: + above, - below. d/d log step_o = the
     gradients of the reads of column o, each times its value."""
-    monkeypatch.setattr(layers, "LEVEL_IMAGES", 2)
+    monkeypatch.setattr(adc_state, "LEVEL_IMAGES", 2)
     macro, g = Macro(adc_bits=3, wl=5, levels="free", **about), Geometry(2, 4, (3, 3))
     layer = with_levels(layer_of(macro, g), 5, 400).train()
     x, w = codes_and_weights(macro, g)
     gy = torch.randn(2, 4, 4, 5, generator=torch.Generator().manual_seed(9))
-    (layer.read(x, w) * gy).sum().backward()
+    (layer.adc.read(x, w) * gy).sum().backward()
     zero, thresholds = int(layer.zero.flatten()[0]), layer.thresholds.T.unsqueeze(2)
     assert (adc.threshold_code(0, thresholds) == zero).all() and int(layer.levels[zero]) == 0
     ratio, values = (
@@ -497,7 +497,7 @@ def test_reads_of_free_levels_are_straight_through_between_the_end_levels(about)
     layer = with_levels(layer_of(macro, g), 5, 250).train()
     x, w = codes_and_weights(macro, g)
     gy = torch.randn(2, 4, 4, 5, generator=torch.Generator().manual_seed(9))
-    (layer.read(x, w) * gy).sum().backward()
+    (layer.adc.read(x, w) * gy).sum().backward()
     lo, hi = (torch.from_numpy(ends).view(1, -1, 1) for ends in layer.adc.level_ends())
     wide = [t.detach().double().requires_grad_() for t in (x, w)]
     total, beyond = 0, []
@@ -523,10 +523,10 @@ def test_the_gradient_of_free_levels_is_counted_on_the_first_images():
     macro, g = Macro(adc_bits=3, wl=5, levels="free"), Geometry(2, 4, (3, 3))
     layer = with_levels(layer_of(macro, g), 5, 400).train()
     x, w = codes_and_weights(macro, g)
-    first = x.detach()[:1].expand(layers.LEVEL_IMAGES, -1, -1, -1)
+    first = x.detach()[:1].expand(adc_state.LEVEL_IMAGES, -1, -1, -1)
     grads = []
     for images in (first, first.repeat(3, 1, 1, 1), torch.cat([first, torch.zeros_like(first)])):
-        layer.read(images, w).sum().backward()
+        layer.adc.read(images, w).sum().backward()
         grads.append(layer.log_gaps.grad)
         layer.log_gaps.grad = None
     assert torch.allclose(grads[1], 3 * grads[0]) and torch.allclose(grads[2], 2 * grads[0])

@@ -3,6 +3,8 @@ follow exactly the codes' probabilities."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -97,7 +99,8 @@ def test_drawn_codes_have_the_probabilities_of_the_page(weight, code, tau):
     mult, zero, top, n = 513, 8, 15, 65_536
     plan = Plan.make("layer", Geometry(9, 4), Macro())
     noise = Relaxation(tau, 11).noise()
-    spec = make_spec(plan, np.array([[mult]]), np.array([[zero]]), np.ones((1, 1)), noise=noise)
+    spec = make_spec(plan, np.array([[mult]]), np.array([[zero]]), np.ones((1, 1)))
+    spec = replace(spec, noise=noise)
     u = 9 * weight * code * mult / 2**15
     wanted = n * probabilities(u + zero, top, tau)
     sigma = np.sqrt(wanted * (1 - wanted / n)) + 1

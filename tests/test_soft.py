@@ -139,7 +139,7 @@ def went_through(macro: Macro, g: Geometry, relaxation: Relaxation) -> tuple:
     x = torch.from_numpy(rng.integers(0, macro.q_x + 1, (3, 2, 6, 7))).float().requires_grad_()
     w = torch.from_numpy(rng.integers(-macro.q_w, macro.q_w + 1, (4, 18))).float().requires_grad_()
     gy = torch.from_numpy(rng.standard_normal((3, 4, 4, 5)))
-    y = layer.read(x, w)
+    y = layer.adc.read(x, w)
     (y * gy.float()).sum().backward()
     return layer, x, w, gy, y
 

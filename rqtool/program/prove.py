@@ -123,7 +123,9 @@ def _reads(p: Program, op: Op, x: Tensor) -> Made:
         weight.size and int(np.abs(weight.astype(np.int64)).max()) <= p.macro.q_w,
         f"its weights pass {p.macro.q_w}",
     )
-    plan = Plan.make(str(op.attrs["layer"]), g, p.macro)
+    name = op.attrs["layer"]
+    need(type(name) is str, f"its layer is {name!r}, not a name")
+    plan = Plan.make(name, g, p.macro)
     need(of_macro(p.macro).belongs(op.attrs["adc"], p.macro), "its ADC is not the macro's")
     p.adc(op).check(p.macro, len(plan.tiles), g.columns)
     if p.macro.pack == "spread":
