@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from rqtool.hardware import adc
 from rqtool.kernels import choose
 from rqtool.kernels.spec import ReadSpec, free_level_spec, make_spec
+from rqtool.mapping.cells import cells
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import extract
 from rqtool.model.network import flat_pads
@@ -67,7 +68,7 @@ class Reads:
         weight = torch.from_numpy(program.const(op, "weight").astype(np.int32)).reshape(
             g.columns, -1
         )
-        self.planes = [extract(weight, b) for b in self.plan.weight_planes]
+        self.planes = cells(self.plan, weight)
         self.ideal, self.certified = kind == "ideal", False
         if not self.ideal:
             spec, self.certified = self._spec(program, op, kind)

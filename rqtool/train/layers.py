@@ -44,6 +44,7 @@ from rqtool.train.reads import (
     split_planes,
     table_reads,
     unpadded,
+    weight_parts,
 )
 from rqtool.train.relax import Relaxation, slope_tables
 from rqtool.train.soft import CALLS
@@ -342,7 +343,7 @@ class ReadLayer(nn.Module):
         """The sum over planes of what call(input plane, weight plane, number of the pair) gives."""
         plan = self.plan
         inputs = zip(plan.input_planes, split_planes(codes, plan.input_planes))
-        weights = zip(plan.weight_planes, split_planes(weight, plan.weight_planes))
+        weights = zip(plan.weight_planes, weight_parts(weight, plan))
         pairs = enumerate(product(inputs, weights))
         return reduce(
             torch.add,
