@@ -20,7 +20,8 @@ PUBLIC = {
     "quantize": "rqtool.api", "train_more": "rqtool.api", "evaluate": "rqtool.api", "diagnose": "rqtool.api", "export_onnx": "rqtool.api", "plan": "rqtool.api",
     "inspect": "rqtool.api", "verify": "rqtool.api", "operations": "rqtool.api", "run_demo": "rqtool.api", "presets": "rqtool.hardware.macro",
     "doctor": "rqtool.report.doctor", "Recipe": "rqtool.train.finetune", "Preprocess": "rqtool.model.data", "Images": "rqtool.model.data",
-    "Data": "rqtool.model.data", "Macro": "rqtool.hardware.macro", "make_macro": "rqtool.hardware.macro", "RqError": "rqtool.errors",
+    "Data": "rqtool.model.data", "Macro": "rqtool.hardware.macro", "make_macro": "rqtool.hardware.macro",
+    "Assignment": "rqtool.mapping.assign", "make_assignment": "rqtool.mapping.assign", "RqError": "rqtool.errors",
 }  # fmt: skip
 __all__ = ["__version__", *PUBLIC]
 

@@ -19,7 +19,8 @@ from torch import nn
 from rqtool import __version__
 from rqtool.errors import InputError, RqError, escaped
 from rqtool.hardware.macro import Macro
-from rqtool.mapping.plan import Geometry, Plan
+from rqtool.mapping.assign import Macros, assigned
+from rqtool.mapping.plan import Geometry
 from rqtool.model.data import Preprocess
 from rqtool.model.graph import Graph, Node
 from rqtool.model.network import Network
@@ -43,6 +44,11 @@ class Checkpoint:
     classes: int
     recipe: dict[str, Any]
     results: dict[str, Any]
+
+    @property
+    def macros(self) -> Macros:
+        """The macro of every layer."""
+        return Macros(self.macro, self.program.own, self.program.digital)
 
     def save(self, path: str | Path, force: bool = False) -> None:
         """Write atomically. Raises ConfigError where the file exists and force is off, StorageError
@@ -90,11 +96,12 @@ def _build(tensors: dict[str, np.ndarray], document: dict[str, Any]) -> Checkpoi
         room, _, rest = name.partition("/")
         parts[room][rest] = array
     macro, graph = Macro(**document["macro"]), Graph.from_json(document["graph"])
-    network = build_network(
-        graph, macro, {name: torch.from_numpy(np.array(a)) for name, a in parts["network"].items()}
-    )
     program = Program.from_json(
         document["program"], _with_rows(document["program"], parts["program"])
+    )
+    macros = Macros(macro, program.own, program.digital)
+    network = build_network(
+        graph, macros, {name: torch.from_numpy(np.array(a)) for name, a in parts["network"].items()}
     )
     prove(program)
     _check_network(graph, program)
@@ -135,14 +142,23 @@ def _check_network(graph: Graph, program: Program) -> None:
         )
 
 
-def build_network(graph: Graph, macro: Macro, state: dict[str, torch.Tensor]) -> Network:
+def build_network(graph: Graph, macro: Macro | Macros, state: dict[str, torch.Tensor]) -> Network:
     """A network of ReadLayers and batch norms with the given state (names as in
     `Network.state_dict`)."""
+    macros = assigned(macro)
     network = Network(
-        graph, {n.name: _module(graph, n, macro, state) for n in graph.nodes if n.module}
+        graph, {n.name: _module(graph, n, macros, state) for n in graph.nodes if n.module}
     )
-    network.load_state_dict({k: v for k, v in state.items() if not macro.ideal or not _of_adc(k)})
+    ideal = tuple(_prefix(n) for n in graph.convs() if macros.of(n.name).ideal)
+    network.load_state_dict(
+        {k: v for k, v in state.items() if not _of_adc(k) or not k.startswith(ideal)}
+    )
     return network.eval()
+
+
+def _prefix(node: Node) -> str:
+    """What the names of a node's parameters begin with."""
+    return f"layers.{node.module.replace('.', '/')}."
 
 
 ADC_STATE = ("log_step", "zero", "real_zero", "thresholds", "levels", "unit", "log_gaps")
@@ -155,8 +171,8 @@ def _of_adc(name: str) -> bool:
     return len(path) == 3 and path[-1] in ADC_STATE
 
 
-def _module(graph: Graph, node: Node, macro: Macro, state: dict[str, torch.Tensor]) -> nn.Module:
-    prefix = f"layers.{node.module.replace('.', '/')}."
+def _module(graph: Graph, node: Node, macros: Macros, state: dict[str, torch.Tensor]) -> nn.Module:
+    prefix = _prefix(node)
     if node.op == "batch_norm":
         rank = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d}[len(node.shape)]
         return rank(
@@ -165,7 +181,7 @@ def _module(graph: Graph, node: Node, macro: Macro, state: dict[str, torch.Tenso
             momentum=node.attrs["momentum"],
             affine=prefix + "weight" in state,
         )
-    plan = Plan.make(node.name, Geometry.from_dict(node.attrs["geometry"]), macro)
+    plan = macros.plan(node.name, Geometry.from_dict(node.attrs["geometry"]))
     weight, bias = (state.get(prefix + role) for role in ("weight", "bias"))
     norm = (
         column_norm(graph, node.name) if prefix + "norm.weight" in state else None

@@ -147,10 +147,7 @@ def test_no_epochs_leave_the_calibrated_network():
     )
 
 
-STATIC = {
-    f"layers.6.norm.{name}"
-    for name in ("unit", "mean", "var")
-}  # of the scores
+STATIC = {f"layers.6.norm.{name}" for name in ("unit", "mean", "var")}  # of the scores
 
 
 @pytest.mark.parametrize(

@@ -81,15 +81,17 @@ Force = Annotated[bool, option("--force", help="Replace files that exist.")]
 
 @dataclass(frozen=True)
 class Flag:
-    """One option of a group; `read` makes a value of (flag, text), None is a switch."""
+    """One option of a group; `read` makes a value of (flag, text), None is a switch. many: it may
+    be given again, and its value is a list of texts."""
 
     name: str
     metavar: str | None
     help: str
     read: Callable[[str, str | None], Any] | None = values.as_given
+    many: bool = False
 
     def parameter(self, panel: str) -> Parameter:
-        kind = bool if self.read is None else str | None
+        kind = bool if self.read is None else list[str] | None if self.many else str | None
         told = option(flag(self.name), metavar=self.metavar, help=self.help, rich_help_panel=panel)
         return Parameter(
             self.name,
@@ -99,6 +101,8 @@ class Flag:
         )
 
     def value(self, given: Any) -> Any:
+        if self.many:
+            return given or None
         return given if self.read is None else self.read(flag(self.name), given)
 
 
@@ -139,6 +143,19 @@ MACRO = (
     ),
     _choice("levels", "Whether codes are evenly spaced", "uniform"),
     _choice("pack", "Which rows meet in a read", "rows"),
+    Flag(
+        "layer",
+        "NAME:FIELD=N,...",
+        "Other values for a layer, or for all that a pattern means, for example "
+        "conv1:adc-bits=6,wl=64; may be repeated.",
+        many=True,
+    ),
+    Flag(
+        "keep",
+        "NAME,...",
+        "Layers kept off the macro, as 8-bit digital ones: names, patterns, first, last, re:REGEX.",
+        many=True,
+    ),
 )
 RECIPE = (
     Flag("epochs", "N", "Epochs of fine-tuning; 0 only calibrates (default 2).", values.whole),
@@ -342,10 +359,16 @@ def use_threads(text: str | None) -> None:
         torch.set_num_threads(count)
 
 
-def macro_of(flags: dict[str, Any]) -> Any:
-    """The Macro that the flags of MACRO describe."""
-    from rqtool import make_macro
+LAYER_FLAGS = ("macro", "layer", "keep")  # that are no field of a macro
 
-    return make_macro(
-        flags.get("macro"), **{name: value for name, value in flags.items() if name != "macro"}
+
+def macro_of(flags: dict[str, Any]) -> Any:
+    """The Assignment that the flags of MACRO describe."""
+    from rqtool.mapping.assign import make_assignment, merged, read_keep, read_layer
+
+    fields = {name: value for name, value in flags.items() if name not in LAYER_FLAGS}
+    layers = merged(
+        read_layer(text, partial(values.loosely, "--layer")) for text in flags.get("layer", ())
     )
+    keep = tuple(name for text in flags.get("keep", ()) for name in read_keep(text))
+    return make_assignment(flags.get("macro"), layers, keep, **fields)

@@ -144,7 +144,7 @@ class ReadsBody:
             x = self.body.node(
                 "BitShift", x, self.body.const(plane.shift, np.uint8), direction="RIGHT"
             )
-        if plane.shift + plane.bits < self.layout.program.macro.in_bits:
+        if plane.shift + plane.bits < self.layout.macro.in_bits:
             x = self.body.node("BitwiseAnd", x, self.body.const(plane.peak, np.uint8), out="plane")
         return x
 

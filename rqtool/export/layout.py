@@ -22,8 +22,9 @@ import numpy as np
 from rqtool.errors import InputError, escaped
 from rqtool.hardware import adc
 from rqtool.hardware.converter import Converter, Uniform
+from rqtool.hardware.macro import Macro
+from rqtool.mapping.cells import cells
 from rqtool.mapping.plan import Geometry, Plan
-from rqtool.mapping.planes import extract
 from rqtool.program.ir import Op, Program
 
 PAIR_PEAK = 32767  # two products are added in 16 bits by x86 processors without 8-bit dot products
@@ -45,6 +46,11 @@ class Layout:
     @property
     def geometry(self) -> Geometry:
         return self.plan.geometry
+
+    @property
+    def macro(self) -> Macro:
+        """The layer's own macro."""
+        return self.plan.macro
 
     @cached_property
     def adc(self) -> Converter:
@@ -110,22 +116,18 @@ class Layout:
     def values(self) -> np.ndarray:
         """int16 [R, span, kh, kw]: what each cell contributes per input code."""
         g, (kh, kw) = self.geometry, self.kernel
-        weight = (
-            self.program.const(self.op, "weight")
-            .astype(np.int16)
-            .reshape(g.groups, g.group_columns, g.rows)
-        )
+        weight = self.program.const(self.op, "weight").astype(np.int16).reshape(g.columns, g.rows)
+        held = np.stack(cells(self.plan, weight), 1)
+        held = held.reshape(g.groups, g.group_columns, self.planes, g.rows)
         if self.ordered:
-            weight = weight[:, :, list(self.plan.order)]
+            held = held[..., list(self.plan.order)]
         values = np.zeros(
             (g.groups, self.tiles, self.planes, g.group_columns, self.span * kh * kw), np.int16
         )
         for t, (start, stop) in enumerate(self.plan.tiles):
             at = start - self.first_channel[t] * kh * kw
-            for j, plane in enumerate(self.plan.weight_planes):
-                values[:, t, j, :, at : at + stop - start] = extract(
-                    weight[:, :, start:stop], plane
-                )
+            part = held[..., start:stop].transpose(0, 2, 1, 3)
+            values[:, t, :, :, at : at + stop - start] = part
         return values.reshape(self.reads, self.span, kh, kw)
 
     @cached_property
@@ -302,7 +304,7 @@ def differing_codes(steps: np.ndarray, p_range: tuple[int, int], shift: int, top
 def refuse_wide_inputs(layout: Layout) -> None:
     """Raise InputError where a layer's input codes do not fit the bits that the macro drives:
     planes would drop the rest."""
-    tensor, macro = layout.program.tensors[layout.op.inputs[0]], layout.program.macro
+    tensor, macro = layout.program.tensors[layout.op.inputs[0]], layout.macro
     if (
         tensor.lo is None
         or tensor.lo < 0

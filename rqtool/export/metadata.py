@@ -30,6 +30,7 @@ from rqtool.export.layout import Layout
 from rqtool.export.schema import FORMAT, validate_schema
 from rqtool.hardware import adc
 from rqtool.hardware.converter import Converter, Ideal, Levels, Uniform
+from rqtool.hardware.macro import Macro
 from rqtool.program.ir import Op, Program, Tensor
 
 ROW_ORDER = ["channel", "ky", "kx"]
@@ -58,16 +59,13 @@ def document(
     has; constants: the initializers of the file by name, those of an operation named
     "operation/role".
     """
-    macro = program.macro
+    macro, kept = program.macro, program.layers_off_macro()
     return {
         "format": FORMAT,
         "tool": {"name": "rqtool", "version": __version__},
         "body": body,
-        "macro": {
-            "preset": program.meta.get("preset"),
-            "sha256": macro.sha256(),
-            "fields": macro.to_dict(),
-        },
+        "macro": {"preset": program.meta.get("preset"), **_macro(macro)},
+        **({"layers_off_macro": kept} if kept else {}),
         "program": {"sha256": program.sha256(), "meta": program.meta},
         "input": _tensor(program.tensors[program.input]),
         "output": {
@@ -79,18 +77,23 @@ def document(
     }
 
 
+def _macro(macro: Macro) -> dict[str, Any]:
+    return {"sha256": macro.sha256(), "fields": macro.to_dict()}
+
+
 def _tensor(t: Tensor) -> dict[str, Any]:
     return {"tensor": t.name, "dtype": t.dtype, "shape": list(t.shape), "lo": t.lo, "hi": t.hi}
 
 
 def _layer(layout: Layout, form: str) -> dict[str, Any]:
-    op, g, macro = layout.op, layout.geometry, layout.program.macro
+    op, g, macro = layout.op, layout.geometry, layout.macro
     starts = range(0, g.group_columns, macro.io)
     return {
         "layer": op.attrs["layer"],
         "node": op.name,
         "kind": g.kind,
         "body": form,
+        **({"macro": _macro(macro)} if macro != layout.program.macro else {}),
         "geometry": g.to_dict(),
         "rows": {
             "order": ROW_ORDER,
@@ -123,7 +126,7 @@ def _input(layout: Layout) -> dict[str, Any]:
     }
     return {
         "tensor": layout.op.inputs[0],
-        "bits": layout.program.macro.in_bits,
+        "bits": layout.macro.in_bits,
         "signed": pad != 0,
         "zero": pad,
         "planes": columns,
@@ -131,7 +134,7 @@ def _input(layout: Layout) -> dict[str, Any]:
 
 
 def _weight(layout: Layout) -> dict[str, Any]:
-    macro, planes = layout.program.macro, layout.plan.weight_planes
+    macro, planes = layout.macro, layout.plan.weight_planes
     columns = {
         key: [getattr(p, key) for p in planes] for key in ("factor", "shift", "bits", "part")
     }
@@ -144,7 +147,7 @@ def _weight(layout: Layout) -> dict[str, Any]:
 
 # -- the ADC ---------------------------------------------------------------------------------------
 def _adc(layout: Layout) -> dict[str, Any]:
-    macro, kind = layout.program.macro, type(layout.adc)
+    macro, kind = layout.macro, type(layout.adc)
     common = {
         "kind": kind.kind, "bits": macro.adc_bits, "codebook": None if kind.exact else macro.codebook, "shift": None, "top": None, "tie_free": True,
         "steps": None, "step_of": None, "gain": None, "thresholds": None, "levels": None,
@@ -284,7 +287,7 @@ def short(doc: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
     """The copy that stands at the node of a layer: enough to recognise it, and to find the rest."""
     group_columns = layer["columns"] // layer["geometry"]["groups"]
     return {
-        "format": doc["format"], "layer": layer["layer"], "macro_sha256": doc["macro"]["sha256"], "wordlines": layer["rows"]["wordlines"], "io": layer["io"],
+        "format": doc["format"], "layer": layer["layer"], "macro_sha256": layer.get("macro", doc["macro"])["sha256"], "wordlines": layer["rows"]["wordlines"], "io": layer["io"],
         "adc": {key: layer["adc"][key] for key in ("kind", "bits", "codebook", "shift", "top")}, "weight_sha256": layer["weight"]["sha256"],
         "reads_per_position": len(layer["reads"]["tile"]) * group_columns,
     }  # fmt: skip

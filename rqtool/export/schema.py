@@ -30,12 +30,12 @@ def _list(items: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"type": "array", "items": items, **more}
 
 
-def _record(**properties: Any) -> dict[str, Any]:
-    """An object with exactly these keys."""
+def _record(may_miss: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
+    """An object with exactly these keys, of which some may be missing."""
     return {
         "type": "object",
         "properties": properties,
-        "required": sorted(properties),
+        "required": sorted(set(properties) - set(may_miss)),
         "additionalProperties": False,
     }
 
@@ -89,12 +89,16 @@ REQUANT = _record(
     inputs=_list(TEXT),
     output=TEXT,
 )
+MACRO = _record(sha256=SHA256, fields=OBJECT)
+OFF_MACRO = _list(_record(layer=TEXT, macs=POSITIVE), minItems=1)
 LAYER = _record(
+    may_miss=("macro",), macro=MACRO,
     layer=TEXT, node=TEXT, kind={"type": "string", "enum": ["conv1d", "conv2d", "linear"]}, body={"type": "string", "enum": ["qlinear", "explicit"]},
     geometry=GEOMETRY, rows=_record(order=_list(TEXT), count=POSITIVE, wordlines=POSITIVE, taken=_maybe(_list(NATURAL))), columns=POSITIVE, io=POSITIVE, io_ranges=_list(PAIR, minItems=1),
     input=INPUT, weight=WEIGHT, adc=ADC, reads=READS, acc=ACC, requant=_list(REQUANT),
 )  # fmt: skip
 DOCUMENT = _record(
+    may_miss=("layers_off_macro",), layers_off_macro=OFF_MACRO,
     format={"type": "string", "enum": [FORMAT]}, tool=_record(name=TEXT, version=TEXT), body={"type": "string", "enum": ["qlinear", "explicit"]},
     macro=_record(preset=_maybe(TEXT), sha256=SHA256, fields=OBJECT), program=_record(sha256=SHA256, meta=OBJECT), graph_sha256=SHA256,
     input=_record(**END), output=_record(**END, scale=_maybe({"type": "number"})),

@@ -63,6 +63,7 @@ def validate(model: ModelProto) -> dict[str, Any]:
         _check_constants(doc, constants)
         for layer in doc["layers"]:
             _check_layer(doc, layer, nodes[layer["node"]], constants)
+        _check_kept(doc)
         if metadata.graph_sha256(model) != doc["graph_sha256"]:
             differs("the sha256 of the graph's nodes is not the one in the metadata")
     except (
@@ -157,7 +158,32 @@ def _check_layer(
             f"{layer['acc']['tensor']}"
         )
     _check_geometry(layer, {a.name: list(a.ints) or a.i for a in node.attribute}, constants)
+    if "macro" in layer:
+        _check_macro(layer)
     CHECKS[layer["adc"]["kind"]](layer, node, constants)
+
+
+def _check_macro(layer: dict[str, Any]) -> None:
+    """What a layer's own macro says of it is what the layer says itself."""
+    fields = layer["macro"]["fields"]
+    pairs = {
+        "wl": layer["rows"]["wordlines"],
+        "io": layer["io"],
+        "in_bits": layer["input"]["bits"],
+        "w_bits": layer["weight"]["bits"],
+        "adc_bits": layer["adc"]["bits"],
+    }
+    for name, described in pairs.items():
+        if fields[name] != described:
+            differs(f"{layer['layer']}: its macro has {name} {fields[name]}, the layer {described}")
+
+
+def _check_kept(doc: dict[str, Any]) -> None:
+    """What is kept off the macro are layers without an ADC."""
+    ideal = {layer["layer"] for layer in doc["layers"] if layer["adc"]["kind"] == "ideal"}
+    for row in doc.get("layers_off_macro", []):
+        if row["layer"] not in ideal:
+            differs(f"{row['layer']} is kept off the macro, but is no layer without an ADC")
 
 
 def _check_geometry(

@@ -68,6 +68,7 @@ def write_vectors(
         "format": FORMAT,
         "program_sha256": program.sha256(),
         "macro": program.macro.to_dict(),
+        **program.macros.tables(),
         "images": len(x),
         "layers": layers,
     }
@@ -149,7 +150,7 @@ def layer_arrays(program: Program, op: Op, values: dict[str, np.ndarray]) -> dic
 def word(layout: Layout, name: str) -> tuple[int, bool]:
     """(bits, signed) of a word of one array: enough for everything the hardware could give, not
     only for these images."""
-    macro = layout.program.macro
+    macro = layout.macro
     if name in ("tile_acc", "acc"):
         return ACC_BITS, True
     if name == "input" or (name == "code" and not layout.adc.exact):

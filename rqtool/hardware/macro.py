@@ -182,6 +182,7 @@ class Macro:
 
 
 ABOUT = ("about", "source")  # what a preset says of itself
+TABLES = ("macro", "layers")  # of a TOML file
 FIELDS = tuple(f.name for f in fields(Macro))
 
 
@@ -305,7 +306,20 @@ def presets() -> list[dict[str, Any]]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The [macro] table of a TOML file. Raises InputError where it cannot be read or parsed."""
+    """The [macro] table of a TOML file that describes one macro. Raises InputError where it cannot
+    be read or parsed, or has tables for layers."""
+    document = read_document(path)
+    if "layers" in document:
+        raise InputError(
+            f"{escaped(path)}: has tables [layers.NAME], which one macro does not hold; read it "
+            "with make_assignment"
+        )
+    return document["macro"]
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A TOML file with a [macro] table, and perhaps [layers.NAME] tables. Raises InputError where
+    it cannot be read or parsed, or says what nothing reads."""
     try:
         document = tomllib.loads(text_of(path))
     except OSError as e:
@@ -331,7 +345,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         )
         raise InputError(f"{escaped(path)}: has no [macro] table; {way_out}")
     for key, value in document.items():
-        if key not in ("macro", *ABOUT):
+        if key not in (*TABLES, *ABOUT):
             what = (
                 f"a table [{escaped(key)}]"
                 if isinstance(value, (dict, list))
@@ -340,10 +354,12 @@ def read_toml(path: Path) -> dict[str, Any]:
             way_out = (
                 "move it below [macro]"
                 if key in FIELDS
+                else "did you mean [layers.NAME]?"
+                if isinstance(value, dict) and get_close_matches(key, ["layers"])
                 else "leave it out, or write it as a comment"
             )
             raise InputError(f"{escaped(path)}: has {what}, which nothing reads; {way_out}")
-    return table
+    return document
 
 
 def text_of(path: Path) -> str:
@@ -368,6 +384,12 @@ def make_macro(source: str | None = None, **flags: Any) -> Macro:
     table: dict[str, Any] = {}
     if source is not None:
         table = read_toml(Path(source)) if source.endswith(".toml") else preset(source)["macro"]
+    return macro_with(table, flags)
+
+
+def macro_with(table: dict[str, Any], flags: dict[str, Any]) -> Macro:
+    """The macro of a table with the flags that are not None laid over it; raises ConfigError for
+    unknown keys and contradictions."""
     table = {**table, **{k: v for k, v in flags.items() if v is not None}}
     for key in table:
         if key not in FIELDS:

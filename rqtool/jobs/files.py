@@ -3,6 +3,7 @@ operations there are."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rqtool.hardware.macro import Macro
 from rqtool.jobs.alarms import Alarms
 from rqtool.jobs.prepare import sample_images
 from rqtool.jobs.results import Planned
+from rqtool.mapping.assign import Assignment, assignment_of
 from rqtool.mapping.plan import Plan
 from rqtool.model.capture import LIFT, capture
 from rqtool.model.graph import Graph
@@ -26,13 +28,15 @@ from rqtool.model.zoo import ZOO
 from rqtool.program import golden
 from rqtool.program.ir import ATTRIBUTES
 from rqtool.program.run import Runner
-from rqtool.train.rewrite import plans
+from rqtool.train.rewrite import layer_rows, plans
 
 
 def plan(
     model: str | Path | nn.Module,
-    macro: Macro | None = None,
+    macro: Macro | Assignment | None = None,
     *,
+    layers: Mapping[str, Mapping[str, Any]] | None = None,
+    keep: Iterable[str] = (),
     arch: str | None = None,
     input_shape: tuple[int, ...] | None = None,
     weights: str | None = None,
@@ -42,26 +46,32 @@ def plan(
     """The reads of a model on a macro, for one image; no data needed.
 
     model: a .rq file (whose own macro is the default), a model file, a built-in name or a torch
-    module. input_shape: (C, H, W) of one image; built-in networks and .rq files know theirs.
+    module. layers, keep: as in `quantize`. input_shape: (C, H, W) of one image; built-in networks and .rq files know theirs.
     weights, prefix: as in `quantize`.
     """
     alarms = Alarms(progress)
     name = model if isinstance(model, (str, Path)) else type(model).__name__
     if str(name).endswith(".rq"):
         saved = checkpoint.load(name)
-        graph, macro = saved.network.graph, macro or saved.macro
+        graph, macros = saved.network.graph, saved.macros
     else:
+        macros = None
         graph = capture(
             load_model(model, arch, weights=weights, prefix=prefix, say=alarms.say),
             _shape_for(name, arch, input_shape),
         ).graph
-    macro = macro or Macro()
+    if macros is None or macro is not None or layers or keep:
+        base = (macro or macros.default) if macros else macro
+        macros = assignment_of(base).and_also(layers, keep).macros(layer_rows(graph))
+    found = plans(graph, macros).values()
     return Planned(
         str(name),
-        macro,
+        macros.default,
         graph.input_shape,
-        [p.cost(_positions(graph, p)) for p in plans(graph, macro).values()],
+        [p.cost(_positions(graph, p)) for p in found if not p.digital],
         tuple(alarms.sentences),
+        macros.own,
+        [p.off_macro(_positions(graph, p)) for p in found if p.digital],
     )
 
 
@@ -117,6 +127,8 @@ def _inspect_rq(saved: Checkpoint, path: str | Path) -> dict[str, Any]:
     ]
     about = {
         "macro": saved.macro.to_dict(),
+        "macros": saved.macros.own_fields(),
+        "layers_off_macro": saved.program.layers_off_macro(),
         "preprocess": saved.preprocess.to_dict(),
         "classes": saved.classes,
         "recipe": saved.recipe,
@@ -139,6 +151,8 @@ def _inspect_onnx(path: str | Path) -> dict[str, Any]:
     document = metadata.read(load_onnx(path))
     try:
         Macro(**document["macro"]["fields"])
+        for layer in document["layers"]:
+            Macro(**layer.get("macro", document["macro"])["fields"])
     except (TypeError, ConfigError) as e:
         raise InputError(
             f"{escaped(path)}: its metadata describes no macro that can be "

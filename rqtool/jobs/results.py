@@ -3,7 +3,8 @@ docs/json.md describes."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rqtool.hardware.macro import Macro
@@ -14,7 +15,9 @@ from rqtool.train.paired import Loss
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
     """What is said of every fine-tuning. top-1 in percent of `images` images; `measured_on` is
-    the name of the part: "test", "val" and the like, or "held-out".
+    the name of the part: "test", "val" and the like, or "held-out". macros: the macro of each layer
+    that has another than `macro`. layers_off_macro: {"layer", "macs"} of each layer that is kept
+    off it; layers: rows of the others.
 
     tuned: after `recipe.epochs` epochs, the integer program that was saved. agreement: percent of
     images on which the integer program and the network that is served, its graph run in floating
@@ -25,6 +28,8 @@ class Tuned:
 
     out: str | None
     macro: Macro
+    macros: Mapping[str, Macro]
+    layers_off_macro: list[dict[str, Any]]
     recipe: Recipe
     learning_rate: float | None
     tuned_top1: float
@@ -49,6 +54,7 @@ class Tuned:
         return {
             "out": self.out,
             "macro": self.macro.to_dict(),
+            "macros": plain(self.macros),
             "recipe": self.recipe.to_dict(),
             "learning_rate": self.learning_rate,
         }
@@ -97,8 +103,13 @@ class Quantized(Tuned):
         twin = self._named("twin_chosen", "twin_out")
         return {
             "command": "quantize", **self._described(), "metrics": metrics, "chain": self.chain, **self._training(), **twin, "warnings": list(self.warnings),
-            "fully_integer": not self.islands, "islands": list(self.islands), "layers_off_macro": [], **self._named("layers", "seconds"),
+            "fully_integer": not self.islands, "islands": list(self.islands), **self._named("layers_off_macro", "layers", "seconds"),
         }  # fmt: skip
+
+
+def plain(macros: Mapping[str, Macro]) -> dict[str, dict[str, Any]]:
+    """The fields of macros by layer."""
+    return {layer: macro.to_dict() for layer, macro in macros.items()}
 
 
 def _loss(name: str, points: float | None, loss: Loss | None) -> dict[str, Any]:
@@ -132,7 +143,7 @@ class Trained(Tuned):
         about = {
             **self._training(),
             "warnings": list(self.warnings),
-            **self._named("layers", "seconds"),
+            **self._named("layers_off_macro", "layers", "seconds"),
         }
         return {
             "command": "train",
@@ -146,7 +157,8 @@ class Trained(Tuned):
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Top-1 in percent of `images` images by the integer program; adc is "real" or "ideal"."""
+    """Top-1 in percent of `images` images by the integer program; adc is "real" or "ideal". macros,
+    layers_off_macro: as in `Tuned`; fast: whether each layer on the macro is on the fused kernel."""
 
     source: str
     top1: float
@@ -157,6 +169,8 @@ class Evaluated:
     seconds: float
     fast: dict[str, bool]
     warnings: tuple[str, ...] = ()
+    macros: Mapping[str, Macro] = field(default_factory=dict)
+    layers_off_macro: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         metrics = {"top1": self.top1, "images": self.images}
@@ -164,6 +178,8 @@ class Evaluated:
             "adc": self.adc,
             "measured_on": self.measured_on,
             "macro": self.macro.to_dict(),
+            "macros": plain(self.macros),
+            "layers_off_macro": self.layers_off_macro,
             "seconds": self.seconds,
             "fused_layers": self.fast,
             "warnings": list(self.warnings),
@@ -188,13 +204,16 @@ class Exported:
 
 @dataclass(frozen=True)
 class Planned:
-    """Rows of Plan.cost for one image, layer by layer, and their sums."""
+    """Rows of Plan.cost for one image, layer by layer, and their sums; macros, layers_off_macro: as
+    in `Tuned`."""
 
     source: str
     macro: Macro
     input_shape: tuple[int, ...]
     layers: list[dict[str, Any]]
     warnings: tuple[str, ...] = ()
+    macros: Mapping[str, Macro] = field(default_factory=dict)
+    layers_off_macro: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -209,7 +228,9 @@ class Planned:
             "command": "plan",
             "source": self.source,
             "macro": self.macro.to_dict(),
+            "macros": plain(self.macros),
             "input_shape": list(self.input_shape),
+            "layers_off_macro": self.layers_off_macro,
             "layers": self.layers,
             "totals": self.totals,
             "warnings": list(self.warnings),

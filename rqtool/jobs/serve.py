@@ -71,19 +71,25 @@ def evaluate(
         measured_on,
         program.macro,
         round(time.monotonic() - started, 1),
-        Runner(program).fast,
+        {
+            layer: fast
+            for layer, fast in Runner(program).fast.items()
+            if layer not in program.digital
+        },
         tuple(alarms.sentences),
+        program.own,
+        program.layers_off_macro(),
     )
 
 
 def ideal_program(saved: Checkpoint) -> Program:
     """The integer program of the same trained network with an ideal ADC."""
-    macro = saved.macro.with_ideal_adc()
-    network = checkpoint.build_network(saved.network.graph, macro, saved.network.state_dict())
+    macros = saved.macros.with_ideal_adc()
+    network = checkpoint.build_network(saved.network.graph, macros, saved.network.state_dict())
     whole = saved.program.tensors[saved.program.input].dtype == "uint8"
     return freeze(
         network,
-        macro,
+        macros,
         saved.peaks,
         Norm(*saved.preprocess.factors(saved.network.graph.input_shape)),
         whole,
@@ -107,11 +113,12 @@ def diagnose(
     """
     started, progress = time.monotonic(), progress or Silent()
     saved = checkpoint.load(source)
-    network, names = saved.network, list(read_layers(saved.network))
+    network = saved.network
+    names = [name for name, layer in read_layers(network).items() if not layer.plan.macro.ideal]
     images, measured_on = images_for(
         saved, data, DIAGNOSIS_IMAGES if limit is None else limit, Alarms(progress)
     )
-    if plots is not None and saved.macro.ideal:
+    if plots is not None and not names:
         raise ConfigError(
             f"{escaped(source)}: its ADC is ideal and has no thresholds to draw; leave --plots out"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from rqtool.jobs.prepare import (
     split,
 )
 from rqtool.jobs.results import Quantized, Trained
+from rqtool.mapping.assign import Assignment, Macros, assignment_of
 from rqtool.model.data import Data, Preprocess
 from rqtool.model.network import Network
 from rqtool.program.ir import Program
@@ -47,7 +49,7 @@ from rqtool.train.fixed import FixedCheck, compare, tell
 from rqtool.train.frozen import lower, peaks_of
 from rqtool.train.measure import hits, layer_table, percent, predictions, real_predictions
 from rqtool.train.paired import Loss, paired
-from rqtool.train.rewrite import plans
+from rqtool.train.rewrite import layer_rows, plans
 from rqtool.train.served import Served
 from rqtool.train.stages import MAIN, TWIN, Job, Stages
 from rqtool.train.state import Runs, about_job, kept_runs
@@ -64,8 +66,10 @@ STAYS = {
 def quantize(
     model: str | Path | nn.Module,
     data: str | Data,
-    macro: Macro | None = None,
+    macro: Macro | Assignment | None = None,
     *,
+    layers: Mapping[str, Mapping[str, Any]] | None = None,
+    keep: Iterable[str] = (),
     arch: str | None = None,
     out: str | Path | None = None,
     recipe: Recipe | None = None,
@@ -84,7 +88,8 @@ def quantize(
     and save it to `out` (if given).
 
     model: a file, a built-in name or a torch module (it is not changed). data: as `load_data` reads
-    it; needs training images. input_shape: what one image is for the model, (C, H, W), (C, L) or
+    it; needs training images. layers: fields of the macro that differ, by the name of a layer or a
+    pattern; keep: what is kept off the macro as 8-bit digital layers (see `Assignment`). input_shape: what one image is for the model, (C, H, W), (C, L) or
     (F,), where it is not what the data set says. weights, prefix: where in a file the weights are
     ("model_ema"), and what stands before their names; needed where several fit. task: "classify"
     says that the model is a classifier where it does not look like one. preprocess: what a pixel is
@@ -93,20 +98,17 @@ def quantize(
     .rq file, too. state: a file that is replaced after every epoch; where it exists, the same job
     goes on from it, to the same bits on the same number of threads. Raises RqError's kinds.
     """
-    started, macro, recipe, progress = (
-        time.monotonic(),
-        macro or Macro(),
-        recipe or Recipe(),
-        progress or Silent(),
-    )
+    started, wanted = time.monotonic(), assignment_of(macro).and_also(layers, keep)
+    recipe, progress = recipe or Recipe(), progress or Silent()
     if out is not None:
         check_writable(out, force)
-    _check_twin_out(macro, out, twin, twin_out, force)
+    _check_twin_out(wanted.default, out, twin, twin_out, force)
     alarms = Alarms(progress)
     job = prepare(
         model, data, arch, recipe, preprocess, input_shape, progress, alarms, weights, prefix
     )
-    plans(job.network.graph, macro)  # what the macro cannot hold is refused before any work
+    macros = wanted.macros(layer_rows(job.network.graph))
+    plans(job.network.graph, macros)  # what a macro cannot hold is refused before any work
     ready_kernels(progress, training=recipe.epochs + recipe.ideal_epochs > 0)
     with progress.stage("float model", 1) as done:
         right = hits(job.network, job.test)
@@ -120,10 +122,10 @@ def quantize(
             float_top1, job.test.images.y, job.network.graph.shape(job.network.graph.output)[0]
         )
     )
-    stages = Stages(job, macro, recipe, progress, _runs(state, macro, job, recipe))
-    network, best = stages.calibrated(macro, "calibration")
+    stages = Stages(job, macros, recipe, progress, _runs(state, macros, job, recipe))
+    network, best = stages.calibrated(macros, "calibration")
     steps = [Step("float", right), *calibrated_steps(network, job, best.top1, progress)]
-    measured = _measured(network, macro, job, progress, "post-training")
+    measured = _measured(network, macros, job, progress, "post-training")
     ptq_top1 = measured.top1
     alarms.say_all(suspicions.of_gain(float_top1, ptq_top1, len(job.test)))
     network, run = stages.main(network, best)
@@ -132,7 +134,7 @@ def quantize(
         alarms, run, stages.followed(), len(job.train), _lost_by_calibration(steps), TEACH
     )
     if run.best is not best:  # else nothing better was found, and that is measured already
-        measured = _measured(network, macro, job, progress, "integer program")
+        measured = _measured(network, macros, job, progress, "integer program")
     tell(measured.fixed, alarms.say)
     ideal = _twin(stages, run, measured, alarms) if twin else None
     figures = _figures(stages, network, run, measured, out, started, alarms)
@@ -175,7 +177,7 @@ def train_more(
     history = recipes_of(saved, source)
     recipe = recipe_after(history[-1], recipe or {})
     job = _job_of(saved, read_data(data, "train", saved.preprocess.sizing), recipe, alarms)
-    stages = Stages(job, saved.macro, recipe, progress, _runs(state, saved.macro, job, recipe))
+    stages = Stages(job, saved.macros, recipe, progress, _runs(state, saved.macros, job, recipe))
     ready_kernels(progress, training=recipe.epochs > 0)
     with progress.stage("integer program before", len(job.test)) as done:
         before = predictions(saved.program, job.test.images, done) == job.test.images.y
@@ -183,7 +185,7 @@ def train_more(
     best = consider_norms("as before", network, job.train, job.held, recipe, None)
     run = stages.tuned(network, best, recipe, None, MAIN)
     say_what_training_brought(alarms, run, stages.followed(), len(job.train), None, "")
-    measured = _measured(network, saved.macro, job, progress, "integer program")
+    measured = _measured(network, saved.macros, job, progress, "integer program")
     tell(measured.fixed, alarms.say)
     gain = paired(measured.right(job), before)
     about = {
@@ -235,11 +237,11 @@ def _job_of(saved: Checkpoint, data: Data, recipe: Recipe, alarms: Alarms) -> Jo
 
 
 # -- the work of both ------------------------------------------------------------------------------
-def _runs(state: str | Path | None, macro: Macro, job: Job, recipe: Recipe) -> Runs:
+def _runs(state: str | Path | None, macros: Macros, job: Job, recipe: Recipe) -> Runs:
     return (
         Runs()
         if state is None
-        else kept_runs(state, about_job(job.network, macro, recipe, [job.train, job.held]))
+        else kept_runs(state, about_job(job.network, macros, recipe, [job.train, job.held]))
     )
 
 
@@ -280,12 +282,12 @@ class Twin:
 
 
 def _twin(stages: Stages, run: Run, measured: Measured, alarms: Alarms) -> Twin:
-    if stages.macro.ideal:
+    if stages.macros.ideal:
         return Twin(None, run, measured)
     network, twin_run = stages.twin_run
     say_what_the_twin_is(alarms, twin_run)
-    macro, job = stages.macro.with_ideal_adc(), stages.job
-    return Twin(network, twin_run, _measured(network, macro, job, stages.progress, TWIN))
+    macros, job = stages.macros.with_ideal_adc(), stages.job
+    return Twin(network, twin_run, _measured(network, macros, job, stages.progress, TWIN))
 
 
 def _against(twin: Twin | None, measured: Measured, job: Job) -> dict[str, Any]:
@@ -298,7 +300,7 @@ def _against(twin: Twin | None, measured: Measured, job: Job) -> dict[str, Any]:
 
 def _save_twin(result: Quantized, stages: Stages, twin: Twin, force: bool) -> None:
     """Write the twin as a .rq file, with its own figures."""
-    job, measured, macro = stages.job, twin.measured, stages.macro.with_ideal_adc()
+    job, measured, macro = stages.job, twin.measured, stages.macros.default.with_ideal_adc()
     top1 = {"float_top1": result.float_top1, "tuned_top1": measured.top1}
     results = {
         "command": "quantize", "out": result.twin_out, "twin_of": result.out,
@@ -328,9 +330,9 @@ class Measured:
         return self.found == job.test.images.y
 
 
-def _measured(network: Network, macro: Macro, job: Job, progress: Any, name: str) -> Measured:
+def _measured(network: Network, macros: Macros, job: Job, progress: Any, name: str) -> Measured:
     peaks = peaks_of(network, job.train.sampled(fitting_network(network, PEAK_BATCH), PEAK_IMAGES))
-    program, numbers = lower(network, macro, peaks, job.pixels, job.whole)
+    program, numbers = lower(network, macros, peaks, job.pixels, job.whole)
     with progress.stage(name, len(job.test)) as done:
         found = predictions(program, job.test.images, done)
     fixed = compare(network, Served(network, numbers), job.test, found)
@@ -352,7 +354,7 @@ def _figures(
         measured.found == real_predictions(Served(network, measured.numbers), job.test.images)
     )
     return {
-        "out": None if out is None else str(out), "macro": stages.macro, "recipe": stages.recipe, "learning_rate": stages.rates.get(MAIN), "tuned_top1": measured.top1, "agreement": agreement,
+        "out": None if out is None else str(out), "macro": stages.macros.default, "macros": stages.macros.own, "layers_off_macro": measured.program.layers_off_macro(), "recipe": stages.recipe, "learning_rate": stages.rates.get(MAIN), "tuned_top1": measured.top1, "agreement": agreement,
         "images": len(job.test), "measured_on": job.measured_on, "train_images": len(job.train), "held_out_images": len(job.held), "chosen": run.best.name,
         "roll_backs": run.roll_backs, "epochs": epoch_rows(run), "layers": layer_table(network, sample(network, job.train)), "seconds": round(time.monotonic() - started, 1), "warnings": tuple(alarms.sentences),
     }  # fmt: skip

@@ -69,7 +69,7 @@ class Plan:
 
     tiles: (start, stop) places of each tile of a group; every group has the same ones. order: the
     row at each place, where calibration chose (`--pack spread`); None: rows in order, the place is
-    the row.
+    the row. digital: the layer is kept off the macro, and its work is MACs, not reads.
 
     >>> plan = Plan.make("conv", Geometry(64, 64, (3, 3), padding=(1, 1)), Macro(wl=128))
     >>> plan.tiles[:2], len(plan.tiles), plan.reads_per_mac
@@ -83,10 +83,15 @@ class Plan:
     input_planes: tuple[Plane, ...]
     weight_planes: tuple[Plane, ...]
     order: tuple[int, ...] | None = None
+    digital: bool = False
 
     @staticmethod
     def make(
-        name: str, geometry: Geometry, macro: Macro, order: tuple[int, ...] | None = None
+        name: str,
+        geometry: Geometry,
+        macro: Macro,
+        order: tuple[int, ...] | None = None,
+        digital: bool = False,
     ) -> Plan:
         """The plan of a layer; raises ConfigError where the macro cannot hold it."""
         plan = Plan(
@@ -97,11 +102,16 @@ class Plan:
             input_planes(macro),
             weight_planes(macro),
             order,
+            digital,
         )
         if plan.acc_bound >= 1 << 31:
             raise ConfigError(
-                f"{name}: the accumulator can reach {plan.acc_bound}, beyond 32 "
-                "bits; lower --in-bits, --w-bits or --adc-bits"
+                f"{name}: the accumulator can reach {plan.acc_bound}, beyond 32 bits; "
+                + (
+                    "leave it out of --keep"
+                    if digital
+                    else "lower --in-bits, --w-bits or --adc-bits"
+                )
             )
         return plan
 
@@ -163,6 +173,10 @@ class Plan:
         once."""
         columns = self.geometry.group_columns * len(self.weight_planes)
         return self.tile_count * len(self.input_planes) * -(-columns // self.macro.io)
+
+    def off_macro(self, positions: int) -> dict[str, Any]:
+        """What a kept layer costs for `positions` output positions: plain data."""
+        return {"layer": self.name, "macs": self.macs_per_position * positions}
 
     def cost(self, positions: int) -> dict[str, Any]:
         """What `rqtool plan` prints for `positions` output positions: plain data."""

@@ -29,7 +29,8 @@ import numpy as np
 
 from rqtool.errors import InputError, escaped
 from rqtool.hardware.macro import Macro
-from rqtool.mapping.plan import Geometry, Plan
+from rqtool.mapping.assign import Macros, assigned
+from rqtool.mapping.plan import Geometry
 from rqtool.model.graph import Graph, Node
 from rqtool.program.ir import Op, Program, Tensor
 from rqtool.program.numbers import DEAD_CHANNEL, Grid, Numbers, Place, Requant, requant
@@ -153,18 +154,13 @@ class Freezer:
     def __init__(
         self,
         graph: Graph,
-        macro: Macro,
+        macro: Macro | Macros,
         layers: dict[str, Frozen],
         norms: dict[str, Norm],
         peaks: dict[str, float],
     ) -> None:
-        self.graph, self.macro, self.layers, self.norms, self.peaks = (
-            graph,
-            macro,
-            layers,
-            norms,
-            peaks,
-        )
+        self.graph, self.macros = graph, assigned(macro)
+        self.layers, self.norms, self.peaks = layers, norms, peaks
         self.tensors: dict[str, Tensor] = {}
         self.ops: list[Op] = []
         self.constants: dict[str, np.ndarray] = {}
@@ -317,7 +313,7 @@ class Freezer:
     def code_grid(self, conv: Node) -> Grid:
         """The input codes of a layer."""
         layer = self.layers[conv.name]
-        return Grid(layer.s_x, layer.zero, 0, self.macro.q_x)
+        return Grid(layer.s_x, layer.zero, 0, self.macros.of(conv.name).q_x)
 
     def output_grid(self, bound: float, name: str) -> Grid:
         return Grid(self.real_scale(bound, name, OUTPUT_PEAK) or 1.0, 0, -OUTPUT_PEAK, OUTPUT_PEAK)
@@ -386,13 +382,15 @@ class Freezer:
         value = self.written(value, name)
         meta = {"output_scale": value.grid.scale, "scales": self.scales, "islands": []}
         program = Program(
-            self.macro,
+            self.macros.default,
             self.graph.input,
             value.tensor,
             self.tensors,
             tuple(self.ops),
             self.constants,
             meta,
+            own=self.macros.own,
+            digital=self.macros.digital,
         )
         prove(program)
         return program
@@ -416,7 +414,8 @@ def _sum_reach(pool: Node) -> int:
 def _conv(f: Freezer, node: Node) -> Formula:
     layer, g = f.layers[node.name], Geometry.from_dict(node.attrs["geometry"])
     codes, image = _to_image(f, _codes(f, node), g)
-    bound = Plan.make(node.name, g, f.macro).acc_bound
+    plan = f.macros.plan(node.name, g)
+    bound, weight_offset = plan.acc_bound, plan.macro.weight_offset
     out = (g.columns, *g.out_size(*image[1:]))
     attrs = {"layer": node.name, "geometry": g.to_dict(), "pad": layer.zero, "adc": layer.adc}
     acc = f.emit(
@@ -432,9 +431,9 @@ def _conv(f: Freezer, node: Node) -> Formula:
     scale = layer.s_x * layer.s_w
     f.scales[acc] = (scale * layer.unit).tolist()
     terms = [Term(_from_image(f, node, acc), _by_column(scale * layer.unit, node), (node.name, 0))]
-    if f.macro.weight_offset:
+    if weight_offset:
         total = _from_image(f, node, _input_sum(f, node, codes, g, layer.zero, out))
-        terms.append(Term(total, _by_column(-scale * f.macro.weight_offset, node), (node.name, 1)))
+        terms.append(Term(total, _by_column(-scale * weight_offset, node), (node.name, 1)))
     offset = layer.bias - scale * layer.zero * layer.weight.reshape(g.columns, -1).sum(
         1, dtype=np.int64
     )
@@ -475,7 +474,7 @@ def _input_sum(
         (codes,),
         (columns, *out[1:]),
         0,
-        g.rows * f.macro.q_x,
+        g.rows * f.macros.of(node.name).q_x,
         {"geometry": g.to_dict(), "pad": zero, "columns": columns},
     )
 

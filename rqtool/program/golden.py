@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rqtool.mapping.cells import cells
 from rqtool.mapping.plan import Geometry
 from rqtool.mapping.planes import extract
 from rqtool.program.ir import Op, Program
@@ -51,9 +52,11 @@ def each_read(program: Program, op: Op, x: np.ndarray) -> Iterator[Read]:
     plan = program.plan(op)
     g = plan.geometry
     rows = rows_of(x, g, op.attrs["pad"])
-    weight = program.const(op, "weight").astype(np.int64).reshape(g.groups, g.group_columns, g.rows)
+    weight = program.const(op, "weight").astype(np.int64).reshape(g.columns, g.rows)
+    held = [part.reshape(g.groups, g.group_columns, g.rows) for part in cells(plan, weight)]
     if plan.order is not None:
-        rows, weight = rows[:, :, list(plan.order)], weight[:, :, list(plan.order)]
+        rows = rows[:, :, list(plan.order)]
+        held = [part[:, :, list(plan.order)] for part in held]
     adcs = program.adc(op)
     for t, (start, stop) in enumerate(plan.tiles):
         converter = adcs.at(t, g.groups)
@@ -61,7 +64,7 @@ def each_read(program: Program, op: Op, x: np.ndarray) -> Iterator[Read]:
             for j, b in enumerate(plan.weight_planes):
                 p = np.einsum(
                     "gok,ngkyx->ngoyx",
-                    extract(weight[:, :, start:stop], b),
+                    held[j][:, :, start:stop],
                     extract(rows[:, :, start:stop], a),
                 )
                 code = converter.code(p)

@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ import numpy as np
 from rqtool.errors import InputError, escaped
 from rqtool.hardware.converter import KINDS, Converter, from_consts
 from rqtool.hardware.macro import Macro
+from rqtool.mapping.assign import Macros, read_tables
 from rqtool.mapping.plan import Geometry, Plan
 
 REQUANT_BOUND = (
@@ -99,6 +102,8 @@ class Op:
 class Program:
     """Operations in order, from one input to one output.
 
+    macro: of the layers that are not in `own`, the macros of the others by layer; digital: the
+    layers that are kept off the macro, each of them in `own`.
     constants: int8 (weights) or int32 arrays by name. meta: JSON data for people and reports (scale
     of the output, preprocessing of the input, float islands, ...); it never changes a result.
     """
@@ -110,16 +115,41 @@ class Program:
     ops: tuple[Op, ...]
     constants: dict[str, np.ndarray]
     meta: dict[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Macro] = field(default_factory=dict)
+    digital: tuple[str, ...] = ()
+    _plans: dict[str, tuple[Op, Plan]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def macros(self) -> Macros:
+        """The macro of every layer."""
+        return Macros(self.macro, self.own, self.digital)
 
     def const(self, op: Op, role: str) -> np.ndarray:
         return self.constants[op.consts[role]]
 
     def plan(self, op: Op) -> Plan:
-        """The plan of a reads operation."""
-        order = tuple(self.const(op, "order").tolist()) if self.macro.pack == "spread" else None
-        return Plan.make(
-            op.attrs["layer"], Geometry.from_dict(op.attrs["geometry"]), self.macro, order
-        )
+        """The plan of a reads operation, on its layer's own macro."""
+        known, plan = self._plans.get(op.name, (None, None))
+        if known is not op:
+            plan = self._made_plan(op)
+            self._plans[op.name] = op, plan
+        return plan
+
+    def _made_plan(self, op: Op) -> Plan:
+        layer, geometry = op.attrs["layer"], Geometry.from_dict(op.attrs["geometry"])
+        spread = self.macros.of(layer).pack == "spread"
+        order = tuple(self.const(op, "order").tolist()) if spread else None
+        return self.macros.plan(layer, geometry, order)
+
+    def layers_off_macro(self) -> list[dict[str, Any]]:
+        """The kept layers, in order: {"layer": name, "macs": for one image}."""
+        return [
+            plan.off_macro(prod(self.tensors[op.output].shape[1:]))
+            for op, plan in ((op, self.plan(op)) for op in self.reads())
+            if plan.digital
+        ]
 
     def adc(self, op: Op) -> Converter:
         """The ADC of a reads operation."""
@@ -134,6 +164,7 @@ class Program:
         """Everything but the constants, as JSON data; `from_json` is the way back."""
         return {
             "macro": self.macro.to_dict(),
+            **self.macros.tables(),
             "input": self.input,
             "output": self.output,
             "tensors": [
@@ -166,9 +197,8 @@ class Program:
                 Op(o["kind"], o["name"], tuple(o["inputs"]), o["output"], o["attrs"], o["consts"])
                 for o in d["ops"]
             )
-            program = Program(
-                Macro(**d["macro"]), d["input"], d["output"], tensors, ops, constants, d["meta"]
-            )
+            parts = (d["input"], d["output"], tensors, ops, constants, d["meta"])
+            program = Program(Macro(**d["macro"]), *parts, **read_tables(d))
             check(program)
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise InputError(
@@ -191,6 +221,13 @@ def check(program: Program) -> None:
     """Refuse a program that no carrier could run: unknown kinds, missing or wrong attributes,
     tensors used before they are made, constants that are absent or not integers, a requant beyond
     its bound. Raises InputError."""
+    layers = {op.attrs.get("layer") for op in program.ops}
+    for name in (*program.own, *program.digital):
+        if name not in layers or name not in program.own:
+            raise InputError(
+                f"the integer program has a macro for '{escaped(name)}', which is no layer of it; "
+                "make the file again"
+            )
     known = {program.input}
     for op in program.ops:
         _check_op(program, op, known)

@@ -97,14 +97,23 @@ def geometry(d: Any) -> Geometry:
 
 def _window(p: Program, op: Op, x: Tensor) -> tuple[Geometry, tuple[int, int]]:
     """(geometry, output size) of an operation that sees a codes tensor through a kernel."""
-    g = geometry(op.attrs["geometry"])
+    g, q_x = geometry(op.attrs["geometry"]), _largest_code(p, op)
     need(
-        x.lo is not None and x.lo >= 0 and x.hi <= p.macro.q_x,
-        f"its input is not codes 0..{p.macro.q_x}",
+        x.lo is not None and x.lo >= 0 and x.hi <= q_x,
+        f"its input is not codes 0..{q_x}",
     )
     need(len(x.shape) == 3 and x.shape[0] == g.channels, f"its input has shape {list(x.shape)}")
-    whole(op.attrs["pad"], 0, p.macro.q_x, "pad")
+    whole(op.attrs["pad"], 0, q_x, "pad")
     return g, _positive(g.out_size(*x.shape[1:]))
+
+
+def _largest_code(p: Program, op: Op) -> int:
+    """The largest input code of a layer's own macro. The sum of the input codes is for the layer
+    that reads the same tensor."""
+    if op.kind == "reads":
+        return p.macros.of(op.attrs["layer"]).q_x
+    readers = [p.macros.of(o.attrs["layer"]).q_x for o in p.reads() if o.inputs == op.inputs]
+    return max(readers, default=p.macro.q_x)
 
 
 def _positive(size: tuple[int, ...]) -> tuple[int, ...]:
@@ -114,21 +123,21 @@ def _positive(size: tuple[int, ...]) -> tuple[int, ...]:
 
 def _reads(p: Program, op: Op, x: Tensor) -> Made:
     g, size = _window(p, op, x)
-    weight = p.const(op, "weight")
+    layer = str(op.attrs["layer"])
+    weight, macro = p.const(op, "weight"), p.macros.of(layer)
     need(
         weight.dtype == np.int8 and weight.shape == (g.columns, g.channels // g.groups, *g.kernel),
         "its weight has another shape or type",
     )
     need(
-        weight.size and int(np.abs(weight.astype(np.int64)).max()) <= p.macro.q_w,
-        f"its weights pass {p.macro.q_w}",
+        weight.size and int(np.abs(weight.astype(np.int64)).max()) <= macro.q_w,
+        f"its weights pass {macro.q_w}",
     )
-    name = op.attrs["layer"]
-    need(type(name) is str, f"its layer is {name!r}, not a name")
-    plan = Plan.make(name, g, p.macro)
-    need(of_macro(p.macro).belongs(op.attrs["adc"], p.macro), "its ADC is not the macro's")
-    p.adc(op).check(p.macro, len(plan.tiles), g.columns)
-    if p.macro.pack == "spread":
+    plan = p.macros.plan(layer, g)
+    need(not plan.digital or macro.ideal, "it is kept off the macro, but its ADC is not ideal")
+    need(of_macro(macro).belongs(op.attrs["adc"], macro), "its ADC is not the macro's")
+    p.adc(op).check(macro, len(plan.tiles), g.columns)
+    if macro.pack == "spread":
         need("order" in op.consts, "it has no constant for order")
         order = p.const(op, "order")
         need(
@@ -143,7 +152,7 @@ def _xsum(p: Program, op: Op, x: Tensor) -> Made:
     need(
         op.attrs["columns"] in (g.groups, g.columns), "its columns are neither one a group nor all"
     )
-    return (op.attrs["columns"], *size), 0, g.rows * p.macro.q_x
+    return (op.attrs["columns"], *size), 0, g.rows * _largest_code(p, op)
 
 
 def _requant(p: Program, op: Op, *xs: Tensor) -> Made:

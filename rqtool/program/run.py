@@ -18,6 +18,7 @@ from rqtool.hardware import adc
 from rqtool.hardware.converter import Converter, Ideal, Levels, Uniform
 from rqtool.kernels import choose
 from rqtool.kernels.spec import ReadSpec, read_spec
+from rqtool.mapping.cells import cells
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.mapping.planes import extract
 from rqtool.model.network import flat_pads
@@ -117,7 +118,7 @@ def weight_planes(program: Program, op: Op, plan: Plan) -> list[torch.Tensor]:
     """The planes of a layer's weight, int32 [O, K] each."""
     weight = torch.from_numpy(program.const(op, "weight").astype(np.int32))
     flat = weight.reshape(plan.geometry.columns, -1)
-    return [extract(flat, b) for b in plan.weight_planes]
+    return cells(plan, flat)
 
 
 READS: dict[type[Converter], Callable[[Program, Op], Reads | IdealReads]] = {

@@ -53,11 +53,39 @@ def _macro(data: Data) -> str:
     return Macro(**data["macro"]).describe()
 
 
+def _macros(data: Data) -> list[tuple[str, str]]:
+    """The macro; those of layers that have another, each with its layers; what is kept off it."""
+    return [*_on_macro(data), *_off_macro(data["layers_off_macro"])]
+
+
+def _on_macro(data: Data) -> list[tuple[str, str]]:
+    return [("macro", _macro(data)), *_own(data["macros"], data["layers_off_macro"])]
+
+
+def _own(macros: dict[str, Data], kept: list[Data]) -> list[tuple[str, str]]:
+    names: dict[str, list[str]] = {}
+    off = {row["layer"] for row in kept}
+    for layer, fields in macros.items():
+        if layer not in off:
+            names.setdefault(Macro(**fields).describe(), []).append(escaped(layer))
+    return [(f"for {', '.join(layers)}", macro) for macro, layers in names.items()]
+
+
+def _off_macro(kept: list[Data]) -> list[tuple[str, str]]:
+    return [("layers off the macro", _kept(kept))] if kept else []
+
+
+def _kept(rows: list[Data]) -> str:
+    """Kept layers with their multiply-accumulates for one image."""
+    named = (f"{escaped(row['layer'])} ({row['macs']:,} digital MACs)" for row in rows)
+    return ", ".join(named) or "none"
+
+
 def quantized(data: Data, width: int | None = None) -> str:
     """The closing figures of `quantize`."""
     figures = (_chain(data, width), _against_the_twin(data, width))
     return paragraphs(
-        pairs([("macro", _macro(data))], width),
+        pairs(_on_macro(data), width),
         *figures,
         _layers(data, width),
         pairs(_closing(data), width),
@@ -134,7 +162,7 @@ def _closing(data: Data) -> list[tuple[str, str]]:
     return [
         ("loss to the ADC", _loss_to_the_adc(data["metrics"])),
         ("fully integer", integer),
-        ("layers off the macro", ", ".join(data["layers_off_macro"]) or "none"),
+        ("layers off the macro", _kept(data["layers_off_macro"])),
         ("reads per MAC", number(data["metrics"]["reads_per_mac"])),
         *_how(data),
         ("file", data["out"] or "not saved"),
@@ -163,7 +191,7 @@ def trained(data: Data, width: int | None = None) -> str:
         *_warnings(data),
     ]
     return paragraphs(
-        pairs([("macro", _macro(data))], width),
+        pairs(_macros(data), width),
         figures,
         _layers(data, width),
         pairs(closing, width),
@@ -213,7 +241,7 @@ def evaluated(data: Data, width: int | None = None) -> str:
     fused = data["fused_layers"]
     items = [
         ("file", data["source"]),
-        ("macro", _macro(data)),
+        *_macros(data),
         (
             "top-1",
             f"{number(data['metrics']['top1'])} % of {data['metrics']['images']} "
@@ -325,7 +353,7 @@ def planned(data: Data, width: int | None = None) -> str:
         [
             ("model", data["source"]),
             ("input", _by(data["input_shape"])),
-            ("macro", _macro(data)),
+            *_macros(data),
             ("MACs", totals["macs"]),
         ],
         width,
@@ -384,7 +412,7 @@ def _rq(data: Data, width: int | None) -> str:
     worth = f"(x * {pixel['scale']:.6g} - mean) / std, mean {pixel['mean']}, std {pixel['std']}"
     sizes = [f"{name} {pixel[name]}" for name in ("resize", "crop") if pixel[name]]
     about = [
-        ("macro", _macro(data)),
+        *_macros(data),
         ("pixels", worth),
         *([("images", ", ".join(sizes))] if sizes else []),
         *AXES[tuple(pixel["axes"])],
@@ -414,6 +442,9 @@ def _onnx(data: Data, width: int | None) -> str:
         ("program", doc["program"]["sha256"]),
     ]
     about.append(("macro", Macro(**doc["macro"]["fields"]).describe()))
+    own = {r["layer"]: r["macro"]["fields"] for r in doc["layers"] if "macro" in r}
+    kept = doc.get("layers_off_macro", [])
+    about += [*_own(own, kept), *_off_macro(kept)]
     rows = [
         (
             layer["layer"],

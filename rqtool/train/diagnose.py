@@ -201,10 +201,10 @@ def look(network: Network, x: torch.Tensor) -> dict[str, Seen]:
 
 # -- what the network loses to it ------------------------------------------------------------------
 def trials(network: Network) -> list[frozenset[str]]:
-    """Which layers are ideal in each measurement: none, all, all but one, only one. A network with
-    ideal ADCs has nothing to try."""
-    layers = read_layers(network)
-    if all(layer.adc.exact for layer in layers.values()):
+    """Which layers are made ideal in each measurement: none, all, all but one, only one of those
+    that are not. A network with ideal ADCs has nothing to try."""
+    layers = [name for name, layer in read_layers(network).items() if not layer.adc.exact]
+    if not layers:
         return [frozenset()]
     every = frozenset(layers)
     return list(
@@ -373,6 +373,14 @@ def _nobody(all_adcs: Loss) -> str:
     return f"{head}, but {total}; use a larger --limit to tell the layers apart"
 
 
+def _judged(network: Network) -> list[str]:
+    """The layers that get a row: those with an ADC of their own; where there are none, those on the
+    macro."""
+    plans = [layer.plan for layer in read_layers(network).values()]
+    own = [plan.name for plan in plans if not plan.macro.ideal]
+    return own or [plan.name for plan in plans if not plan.digital]
+
+
 def examine(
     network: Network, feed: Feed, sample: torch.Tensor, done: Callable[..., None]
 ) -> tuple[dict[str, Seen], dict[str, Any]]:
@@ -382,7 +390,7 @@ def examine(
     sample: real-valued inputs [N, ...]. done(n, note) after each n of (1 + number of trials) *
     images; the last note is the verdict.
     """
-    names = list(read_layers(network))
+    names = _judged(network)
     found = look(network, sample)
     done(len(feed))
     right = tried(network, feed, done)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rqtool.hardware.macro import Macro
+from rqtool.mapping.assign import Macros
 from rqtool.model.network import Network
 from rqtool.program.freeze import Freezer, Frozen, Norm
 from rqtool.program.ir import Program
@@ -73,7 +74,7 @@ def peaks_of(network: Network, batches: Iterable[torch.Tensor]) -> dict[str, flo
 
 
 def lower(
-    network: Network, macro: Macro, peaks: dict[str, float], pixels: Norm, whole: bool
+    network: Network, macro: Macro | Macros, peaks: dict[str, float], pixels: Norm, whole: bool
 ) -> tuple[Program, Numbers]:
     """The integer program of a network, and the numbers with which train/served.py computes the
     same. peaks: as from `peaks_of` on calibration images, for the ranges of the grids; pixels: real
@@ -86,7 +87,7 @@ def lower(
 
 
 def freeze(
-    network: Network, macro: Macro, peaks: dict[str, float], pixels: Norm, whole: bool
+    network: Network, macro: Macro | Macros, peaks: dict[str, float], pixels: Norm, whole: bool
 ) -> Program:
     """The integer program alone; arguments as in `lower`."""
     return lower(network, macro, peaks, pixels, whole)[0]

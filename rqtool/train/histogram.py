@@ -10,6 +10,7 @@ import torch
 
 from rqtool.kernels import reference
 from rqtool.kernels.spec import ReadSpec, inside_spec
+from rqtool.mapping.cells import cells
 from rqtool.mapping.plan import Plan
 from rqtool.mapping.planes import extract
 from rqtool.train.adc_numbers import group_shape
@@ -63,8 +64,8 @@ def _histogram(
     macro, positions = plan.macro, _positions(codes, plan)
     span = macro.p_max - macro.p_min + 1
     counts = np.zeros((shape[0] * shape[1], span), np.int64)
-    for b in plan.weight_planes:
-        reads = reference._Reads(extract(weight.int(), b).float(), spec, torch.float32)
+    for held in cells(plan, weight.int()):
+        reads = reference._Reads(held.float(), spec, torch.float32)
         for a in plan.input_planes:
             for part in reference._chunks(extract(codes, a).float(), spec, positions):
                 counts += _count(

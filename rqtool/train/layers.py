@@ -22,7 +22,7 @@ from rqtool.errors import CheckError, escaped
 from rqtool.mapping.plan import Plan
 from rqtool.train.adc_state import adc_state
 from rqtool.train.quantizers import InputQuantizer, WeightQuantizer
-from rqtool.train.reads import pad_codes, scaled, split_planes
+from rqtool.train.reads import pad_codes, scaled, split_planes, weight_parts
 from rqtool.train.relax import Relaxation
 
 
@@ -168,7 +168,7 @@ class ReadLayer(nn.Module):
         """The sum over planes of what call(input plane, weight plane, number of the pair) gives."""
         plan = self.plan
         inputs = zip(plan.input_planes, split_planes(codes, plan.input_planes))
-        weights = zip(plan.weight_planes, split_planes(weight, plan.weight_planes))
+        weights = zip(plan.weight_planes, weight_parts(weight, plan))
         pairs = enumerate(product(inputs, weights))
         return reduce(
             torch.add,

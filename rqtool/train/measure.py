@@ -108,7 +108,7 @@ def watched(
 
 @torch.no_grad()
 def layer_table(network: Network, x: torch.Tensor) -> list[dict[str, Any]]:
-    """One row per layer: its cost for one image (as Plan.cost), input and step in numbers, clip
+    """One row per layer on the macro: its cost for one image (as Plan.cost), input and step in numbers, clip
     rate on real-valued inputs x."""
     rows: dict[str, dict[str, Any]] = {}
 
@@ -121,6 +121,7 @@ def layer_table(network: Network, x: torch.Tensor) -> list[dict[str, Any]]:
     return [
         {**layer.plan.cost(prod(shapes[name]) // layer.plan.geometry.columns), **rows[name]}
         for name, layer in read_layers(network).items()
+        if not layer.plan.digital
     ]
 
 

@@ -3,6 +3,7 @@ of kernels/."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,40 +11,57 @@ from torch.nn import functional as F
 
 from rqtool.kernels import choose
 from rqtool.kernels.spec import ReadSpec
+from rqtool.mapping.cells import cells
+from rqtool.mapping.plan import Plan
 from rqtool.mapping.planes import Plane, extract
 
 ALL = 1 << 30  # images
 
 
 class _Plane(torch.autograd.Function):
-    """One plane of whole numbers q; backward hands `share` of the gradient on, so that the planes
-    together give q its own."""
+    """One plane of whole numbers q, given as `value`; backward hands `share` of the gradient on, so
+    that the planes together give q its own."""
 
     @staticmethod
-    def forward(ctx, q: torch.Tensor, plane: Plane, share: float) -> torch.Tensor:
+    def forward(
+        ctx, q: torch.Tensor, value: torch.Tensor, plane: Plane, share: float
+    ) -> torch.Tensor:
         ctx.share = share
         if plane.part in ("positive", "negative"):
             ctx.save_for_backward(q >= 0 if plane.part == "positive" else q < 0)
-        return extract(q.int(), plane).to(q.dtype)
+        return value.to(q.dtype)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         grad = grad * ctx.share
-        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None
+        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None, None
 
 
-def split_planes(q: torch.Tensor, planes: tuple[Plane, ...]) -> list[torch.Tensor]:
-    """The planes of whole numbers q (float). d q = sum_j share_j * d plane_j, where share_j *
-    factor_j sums to 1 over the planes of one polarity, in proportion to the range each plane
-    covers: with an ideal ADC the gradient of q is exact."""
+def weight_parts(weight: torch.Tensor, plan: Plan) -> list[torch.Tensor]:
+    """The cells of weights [O, K] (float), with gradients as `split_planes` gives them."""
+    return split_planes(weight, plan.weight_planes, lambda q: cells(plan, q))
+
+
+def split_planes(
+    q: torch.Tensor,
+    planes: tuple[Plane, ...],
+    values: Callable[[torch.Tensor], list[torch.Tensor]] | None = None,
+) -> list[torch.Tensor]:
+    """The planes of whole numbers q (float), which `values` gives from the same as int32 (None:
+    they are extracted). d q = sum_j share_j * d plane_j, where share_j * factor_j sums to 1 over
+    the planes of one polarity, in proportion to the range each plane covers: with an ideal ADC the
+    gradient of q is exact."""
     if len(planes) == 1 and planes[0].part == "all":
         return [q]
     reach = {
         part: sum(abs(p.factor) * p.peak for p in planes if p.part == part)
         for part in {p.part for p in planes}
     }
+    whole = q.detach().int()
+    parts = [extract(whole, p) for p in planes] if values is None else values(whole)
     return [
-        _Plane.apply(q, p, p.peak * (1 if p.factor > 0 else -1) / reach[p.part]) for p in planes
+        _Plane.apply(q, part, p, p.peak * (1 if p.factor > 0 else -1) / reach[p.part])
+        for p, part in zip(planes, parts)
     ]
 
 

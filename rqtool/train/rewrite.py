@@ -9,21 +9,27 @@ import torch
 from torch import nn
 
 from rqtool.hardware.macro import Macro
+from rqtool.mapping.assign import Macros, assigned
 from rqtool.mapping.plan import Geometry, Plan
 from rqtool.model.graph import Graph
 from rqtool.model.network import Network
 from rqtool.train.layers import ColumnNorm, ReadLayer
 
 
-def plans(graph: Graph, macro: Macro) -> dict[str, Plan]:
-    """The plan of every layer by name. Raises ConfigError where the macro cannot hold a layer."""
+def layer_rows(graph: Graph) -> dict[str, int]:
+    """The rows of every layer by name, in order: what an assignment is made for."""
+    return {node.name: Geometry.from_dict(node.attrs["geometry"]).rows for node in graph.convs()}
+
+
+def plans(graph: Graph, macro: Macro | Macros) -> dict[str, Plan]:
+    """The plan of every layer by name. Raises ConfigError where its macro cannot hold a layer."""
     return {
-        node.name: Plan.make(node.name, Geometry.from_dict(node.attrs["geometry"]), macro)
+        node.name: assigned(macro).plan(node.name, Geometry.from_dict(node.attrs["geometry"]))
         for node in graph.convs()
     }
 
 
-def rewrite(network: Network, macro: Macro) -> Network:
+def rewrite(network: Network, macro: Macro | Macros) -> Network:
     """A copy of the network with a ReadLayer for each convolution and linear layer, not calibrated
     yet."""
     network = copy.deepcopy(network)

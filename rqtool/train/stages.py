@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rqtool.hardware.macro import Macro
+from rqtool.mapping.assign import Macros
 from rqtool.model.data import Preprocess
 from rqtool.model.network import Network
 from rqtool.program.freeze import Norm
@@ -70,11 +70,11 @@ class Job:
 
 @dataclass
 class Stages:
-    """One job on one macro. Each network is trained when it is first asked for, and once; `runs`
+    """One job on its macros. Each network is trained when it is first asked for, and once; `runs`
     holds what was trained before an interruption."""
 
     job: Job
-    macro: Macro
+    macros: Macros
     recipe: Recipe
     progress: Any
     runs: Runs = field(default_factory=Runs)
@@ -87,17 +87,17 @@ class Stages:
         job = self.job
         count = fitting_network(job.network, self.recipe.calibration_images, CALIBRATION_VALUES)
         images = job.train.real(job.train.sample(count, self.recipe.seed))
-        return equalised(job.network, images, self.macro.q_x)
+        return equalised(job.network, images, self.macros.default.q_x)
 
     def calibrated(
-        self, macro: Macro, name: str, trained: Network | None = None
+        self, macros: Macros, name: str, trained: Network | None = None
     ) -> tuple[Network, Candidate]:
-        """(a network for `macro` in its chosen state, that state): from the float network, or with
+        """(a network for `macros` in its chosen state, that state): from the float network, or with
         the weights and scales of `trained`."""
-        network, job = rewrite(self.reference, macro), self.job
+        network, job = rewrite(self.reference, macros), self.job
         if trained is not None:
             network.load_state_dict(network.state_dict() | trained.state_dict())
-        if trained is None or not macro.ideal:
+        if trained is None or not macros.ideal:
             count = fitting_network(network, self.recipe.calibration_images, CALIBRATION_VALUES)
             images = job.train.real(job.train.sample(count, self.recipe.seed))
             reference = self.reference if trained is None else trained
@@ -199,7 +199,7 @@ class Stages:
         none."""
         if not self.recipe.ideal_epochs:
             return None
-        network, best = self.calibrated(self.macro.with_ideal_adc(), f"{IDEAL_STAGE}: calibration")
+        network, best = self.calibrated(self.macros.with_ideal_adc(), f"{IDEAL_STAGE}: calibration")
         self.tuned(
             network,
             best,
@@ -214,7 +214,7 @@ class Stages:
         """The same training with an ideal ADC throughout: the network in its chosen state, and how
         it came there."""
         network, best = self.calibrated(
-            self.macro.with_ideal_adc(), f"{TWIN}: calibration", self.ideal_stage
+            self.macros.with_ideal_adc(), f"{TWIN}: calibration", self.ideal_stage
         )
         return network, self.tuned(
             network, best, self.recipe, self.float_teacher, f"{TWIN}: fine-tuning"
@@ -227,9 +227,9 @@ class Stages:
     def main(self, network: Network, best: Candidate) -> tuple[Network, Run]:
         """The network trained through the macro's own ADC, from the calibrated one."""
         if self.ideal_stage is not None:
-            network, then = self.calibrated(self.macro, "calibration of the ADC", self.ideal_stage)
+            network, then = self.calibrated(self.macros, "calibration of the ADC", self.ideal_stage)
             best = then if then.better_than(best) else best
-        taught_by_twin = self.recipe.teacher == "ideal" and not self.macro.ideal
+        taught_by_twin = self.recipe.teacher == "ideal" and not self.macros.ideal
         teacher = (
             self.taught_by(self.twin)
             if taught_by_twin and self.recipe.epochs

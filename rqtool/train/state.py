@@ -25,6 +25,7 @@ import torch
 from rqtool import __version__
 from rqtool.errors import ConfigError, InputError, escaped
 from rqtool.hardware.macro import Macro
+from rqtool.mapping.assign import Macros, assigned
 from rqtool.model.network import Network
 from rqtool.storage import check_writable, load_tensors, save_tensors
 from rqtool.train.finetune import Candidate, Epoch, Feed, Recipe, Run
@@ -95,7 +96,9 @@ def kept_runs(path: str | Path, about: dict[str, Any]) -> Runs:
     return Runs(Path(path), about, runs)
 
 
-def about_job(network: Network, macro: Macro, recipe: Recipe, feeds: list[Feed]) -> dict[str, Any]:
+def about_job(
+    network: Network, macro: Macro | Macros, recipe: Recipe, feeds: list[Feed]
+) -> dict[str, Any]:
     """What decides every bit of a job's training, as JSON data."""
     model = {name: value.numpy() for name, value in network.state_dict().items()}
     images = {
@@ -110,7 +113,10 @@ def about_job(network: Network, macro: Macro, recipe: Recipe, feeds: list[Feed])
     }
     graph = {"graph": np.frombuffer(json.dumps(network.graph.to_json()).encode(), np.uint8)}
     digests = {"model": _sha256(model | graph), "images": _sha256(images)}
-    return {"rqtool": __version__, **digests, "macro": macro.to_dict(), "recipe": recipe.to_dict()}
+    macros = assigned(macro)
+    layers = {"layers": macros.tables()}
+    about = {"macro": macros.default.to_dict(), "recipe": recipe.to_dict(), **layers}
+    return {"rqtool": __version__, **digests, **about}
 
 
 def _sha256(arrays: Mapping[str, np.ndarray]) -> str:
@@ -125,6 +131,10 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """What of the job is not as it was, in words; None where all is."""
     for key, value in new.items():
         before = old.get(key)
+        if key == "layers":
+            if (before or {}) != value:
+                return "its layers had other macros, by --layer or --keep"
+            continue
         if before != value and isinstance(value, dict):
             changed = (
                 f"--{name.replace('_', '-')} was {before.get(name)} and is {value[name]}"
