@@ -175,7 +175,7 @@ def test_quantize_writes_a_file_and_says_what_it_is_worth(rqtool):
 def test_quantize_prints_a_table(rqtool):
     ran = rqtool("quantize", "m.pt", *QUICK, "--out", "a.rq")
     lines = ran.out.splitlines()
-    assert lines[0] == f"macro  {Macro().describe()}"
+    assert lines[0] == f"macro  {make_macro().describe()}"
     assert lines[2].split() == [
         "30",
         "test",
@@ -231,11 +231,11 @@ def test_train_goes_on_where_a_file_is(rqtool):
         "train", "m.rq", "--data", f"{HERE}:data", "--epochs", "1", "--batch", "30", "--out", "t.rq"
     )
     lines = ran.out.splitlines()
-    assert ran.code == 0 and lines[0] == f"macro  {Macro().describe()}"
+    assert ran.code == 0 and lines[0] == f"macro  {make_macro().describe()}"
     assert [line.rsplit(maxsplit=1)[0] for line in lines[3:5]] == ["before", "after"]
     assert (
         "trained before  0 epochs" in lines
-        and "trained         1 epoch on 81 images, seed 0" in lines
+        and any(line.startswith("trained         1 epoch on 81 images, seed 0") for line in lines)
         and "file            t.rq" in lines
     )
     again = rqtool(
@@ -420,7 +420,7 @@ def test_plan_shows_reads_and_cycles(rqtool):
 
 
 def test_plan_of_a_finished_file_uses_its_own_macro(rqtool):
-    assert rqtool("plan", "m.rq", "--json").json["macro"] == Macro().to_dict()
+    assert rqtool("plan", "m.rq", "--json").json["macro"] == make_macro().to_dict()
     assert (
         rqtool("plan", "m.rq", "--sign-scheme", "split", "--json").json["layers"][0][
             "weight_planes"
@@ -542,7 +542,7 @@ def test_there_is_an_option_for_every_field():
 
 
 def test_the_help_tells_the_defaults():
-    recipe, macro = Recipe(), Macro()
+    recipe, macro = Recipe(), make_macro()
     for f in options.RECIPE:
         default = getattr(recipe, f.name)
         assert (
@@ -591,7 +591,7 @@ def test_quantize_without_options_leaves_every_default(rqtool, called):
     )
     seen.pop("progress")
     assert seen == {
-        "model": "nets/my.net.pt", "data": "d.npz", "macro": Macro(adc_bits=None), "arch": None, "out": "my.net.rq", "recipe": Recipe(), "preprocess": {},
+        "model": "nets/my.net.pt", "data": "d.npz", "macro": make_macro(adc_bits="ideal"), "arch": None, "out": "my.net.rq", "recipe": Recipe(), "preprocess": {},
         "input_shape": None, "weights": None, "prefix": None, "task": None, "twin": True, "twin_out": None, "state": None, "force": False,
     }  # fmt: skip
 

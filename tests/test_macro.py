@@ -265,8 +265,9 @@ def test_presets_say_what_they_are_and_where_they_come_from():
         assert make_macro(name) == Macro(**document["macro"])
 
 
-def test_the_default_preset_is_no_preset():
-    assert make_macro("default") == make_macro() == Macro()
+def test_no_preset_is_the_default_one():
+    """What costs a chip nothing is on; a macro that is made by hand has it where it says so."""
+    assert make_macro("default") == make_macro() == Macro(granularity="column", pack="spread")
 
 
 def test_the_2019_macro_by_our_reading():
@@ -296,7 +297,7 @@ def test_flags_win_over_a_preset():
 
 
 def test_the_word_ideal_means_no_adc(write):
-    assert make_macro(adc_bits="ideal") == Macro(adc_bits=None)
+    assert make_macro(adc_bits="ideal") == replace(make_macro(), adc_bits=None)
     path = write('[macro]\nadc_bits = "ideal"\n')
     assert make_macro(path) == Macro(adc_bits=None)
     assert make_macro(path, adc_bits=4) == Macro()

@@ -136,13 +136,13 @@ MACRO = (
     _whole("cell_bits", "Weight bits in one column", "all"),
     _choice("sign_scheme", "How columns hold negative weights", "signed"),
     _choice("codebook", "Which codes the ADC has", "twos, or unsigned where no read is negative"),
-    _choice("granularity", "Who shares a step and a zero", "layer"),
+    _choice("granularity", "Who shares a step and a zero", "column"),
     _choice("range", "Where the step comes from", "calibrated"),
     Flag(
         "step", "S", "The step in partial-sum units per code, with --range fixed.", values.loosely
     ),
     _choice("levels", "Whether codes are evenly spaced", "uniform"),
-    _choice("pack", "Which rows meet in a read", "rows"),
+    _choice("pack", "Which rows meet in a read", "spread"),
     Flag(
         "layer",
         "NAME:FIELD=N,...",

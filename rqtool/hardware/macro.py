@@ -372,8 +372,8 @@ def text_of(path: Path) -> str:
 
 
 def make_macro(source: str | None = None, **flags: Any) -> Macro:
-    """The macro of a preset name or TOML file (None: the defaults) with the flags that are not None
-    laid over it.
+    """The macro of a preset name or TOML file (None: the preset `default`) with the flags that are
+    not None laid over it.
 
     Raises ConfigError for unknown keys (with a suggestion), contradictions and unknown presets;
     InputError for unreadable files.
@@ -381,10 +381,9 @@ def make_macro(source: str | None = None, **flags: Any) -> Macro:
     >>> make_macro("nthu-2019", io=16).describe()
     '9 wordlines, 16 I/O, 4-bit ADC (sign-magnitude, layer, calibrated), 2-bit inputs, 3-bit weights, signed'
     """
-    table: dict[str, Any] = {}
-    if source is not None:
-        table = read_toml(Path(source)) if source.endswith(".toml") else preset(source)["macro"]
-    return macro_with(table, flags)
+    if source is not None and source.endswith(".toml"):
+        return macro_with(read_toml(Path(source)), flags)
+    return macro_with(preset("default" if source is None else source)["macro"], flags)
 
 
 def macro_with(table: dict[str, Any], flags: dict[str, Any]) -> Macro:

@@ -180,7 +180,7 @@ class Assignment:
 
 def assignment_of(macro: Macro | Assignment | None) -> Assignment:
     """The assignment that a public function was given: one macro is for all layers."""
-    return macro if isinstance(macro, Assignment) else Assignment(macro or Macro())
+    return macro if isinstance(macro, Assignment) else Assignment(macro or make_macro())
 
 
 def merged(
