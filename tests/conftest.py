@@ -21,6 +21,7 @@ GROUPS = {
     "test_adc": "numerics",
     "test_alarms": "files slow",
     "test_api": "files slow",
+    "test_assign": "numerics slow",
     "test_audit": "unit",
     "test_augment": "unit",
     "test_bench": "unit slow",

@@ -108,6 +108,36 @@ def test_resnet_20_on_cifar(
     assert proved(out, data.test.x[:2]) > 2 * 500_000
 
 
+def test_resnet_20_with_a_finer_first_layer_and_a_digital_last(
+    shared_data: Callable[[str], Path],
+    shared_model: Callable[[str], Path],
+    tmp_path: Path,
+    experiments: ModuleType,
+) -> None:
+    with np.load(shared_data("cifar10_jpeg75.npz")) as z:
+        x = experiments.decode(z["train_jpeg"], z["train_offsets"][:401])
+        images = rqtool.Images(x, z["train_labels"][:400].astype(np.int64))
+    data, out = rqtool.Data("cifar", images[:300], images[300:], 10), tmp_path / "resnet.rq"
+    result = rqtool.quantize(
+        shared_model("resnet20_cifar10jpeg_finetuned.pt"),
+        data,
+        rqtool.Macro(adc_bits=4, granularity="layer", pack="rows"),
+        layers={"first": {"adc_bits": 6}},
+        keep=("last",),
+        arch="reference_models:resnet20",
+        out=out,
+        recipe=rqtool.Recipe(epochs=0, calibration_images=64, norm_images=128, held_out=100),
+        preprocess=rqtool.Preprocess(mean=CIFAR_MEAN, std=CIFAR_STD),
+        twin=False,
+    )
+    first, *others, last = checkpoint.load(out).program.reads()
+    macros = checkpoint.load(out).macros
+    bits = {op.attrs["layer"]: macros.of(op.attrs["layer"]).adc_bits for op in (first, *others)}
+    assert list(bits.values()) == [6] + 18 * [4]
+    assert result.layers_off_macro == [{"layer": last.attrs["layer"], "macs": 640}]
+    assert proved(out, images.x[:2]) > 2 * 500_000
+
+
 def test_the_public_checkpoint_with_wrappers_loads(shared_model: Callable[[str], Path]) -> None:
     planned = rqtool.plan(
         shared_model("resnet20-12fca82f.th"),

@@ -151,9 +151,7 @@ class Assignment:
                 fields[name] |= changes
         self._refuse_idle(rows, kept)
         on_macro = {name: self._macro(name, fields[name]) for name in rows if name not in kept}
-        default = self.default
-        if default not in on_macro.values():
-            default = next(iter(on_macro.values()), default)
+        default = _default(self.default, list(on_macro.values()))
         own = {name: macro for name, macro in on_macro.items() if macro != default}
         own |= {name: digital_macro(rows[name], default.io) for name in rows if name in kept}
         return Macros(default, own, tuple(name for name in rows if name in kept))
@@ -176,6 +174,13 @@ class Assignment:
             return overridden(self.default, fields) if fields else self.default
         except ConfigError as e:
             raise ConfigError(f"{escaped(name)}: {e}") from e
+
+
+def _default(default: Macro, used: list[Macro]) -> Macro:
+    """The default of a network whose layers on the macro use these: another than was asked for
+    where all are the same, or all are ideal and it is not."""
+    alike = all(macro == used[0] or (macro.ideal and used[0].ideal) for macro in used)
+    return used[0] if used and default not in used and alike else default
 
 
 def assignment_of(macro: Macro | Assignment | None) -> Assignment:
