@@ -55,11 +55,12 @@ def _macro(data: Data) -> str:
 
 def _macros(data: Data) -> list[tuple[str, str]]:
     """The macro; those of layers that have another, each with its layers; what is kept off it."""
-    return [*_on_macro(data), *_off_macro(data["layers_off_macro"])]
+    return [*_on_macro(data), *_off_macro(data.get("layers_off_macro", []))]
 
 
 def _on_macro(data: Data) -> list[tuple[str, str]]:
-    return [("macro", _macro(data)), *_own(data["macros"], data["layers_off_macro"])]
+    own, kept = data.get("macros", {}), data.get("layers_off_macro", [])
+    return [("macro", _macro(data)), *_own(own, kept)]
 
 
 def _own(macros: dict[str, Data], kept: list[Data]) -> list[tuple[str, str]]:
