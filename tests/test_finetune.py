@@ -175,7 +175,7 @@ def test_every_parameter_that_can_learn_does(macro):
 def test_a_zero_learns_where_it_is_asked_to(mode):
     """What is served is always the whole code next to what was learned, one step before the end."""
     network, seen = started(), []
-    recipe = replace(RECIPE, epochs=2, zero="learned", mode=mode, lr=0.3)
+    recipe = replace(RECIPE, epochs=2, zero="learned", mode=mode, lr=0.6)
     run = finetune(
         network,
         TRAIN,

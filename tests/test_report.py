@@ -63,7 +63,7 @@ CHAIN = [
     },
 ]
 QUANTIZED = {
-    "command": "quantize", "out": "m.rq", "macro": Macro().to_dict(), "recipe": {"epochs": 1, "seed": 3, "ideal_epochs": 0, "teacher": "none", "augment": "none"},
+    "command": "quantize", "out": "m.rq", "macro": Macro().to_dict(), "macros": {}, "recipe": {"epochs": 1, "seed": 3, "ideal_epochs": 0, "teacher": "none", "augment": "none"},
     "roll_backs": 0, "learning_rate": None, "chain": CHAIN, "epochs": [], "warnings": [], "twin_chosen": "epoch 1, batch norm re-estimated", "twin_out": None,
     "metrics": {"float_top1": 92.1, "ptq_top1": 88.888, "tuned_top1": 90.0, "ideal_top1": 91.5, "adc_loss": 1.5, "adc_loss_se": 0.6, "adc_loss_interval": [0.324, 2.676], "agreement": 99.9, "images": 1000, "reads_per_mac": 1 / 9},
     "measured_on": "test", "train_images": 900, "held_out_images": 100, "chosen": "epoch 1", "fully_integer": True, "islands": [], "layers_off_macro": [],
@@ -258,7 +258,7 @@ def diagnosis(**figures) -> dict:
     metrics = {"top1": 80.2, "images": 1000}
     return {
         "source": "m.rq",
-        "macro": Macro().to_dict(),
+        "macro": Macro().to_dict(), "macros": {},
         "metrics": metrics,
         "measured_on": "test",
         "adc": "real",
@@ -291,7 +291,7 @@ seconds    1.50"""
 
 def test_results_that_a_file_claims_are_only_data():
     data = {
-        "source": "m.rq", "kind": "rq", "macro": Macro().to_dict(), "preprocess": Preprocess(1.0).to_dict(), "program_sha256": "ab",
+        "source": "m.rq", "kind": "rq", "macro": Macro().to_dict(), "macros": {}, "preprocess": Preprocess(1.0).to_dict(), "program_sha256": "ab",
         "ops": [{"name": "conv\x1b[2J", "kind": "reads", "output": [1, 2]}],
     }  # fmt: skip
     for claimed in (None, [], {}, {"metrics": 5}, {"metrics": {}}):
@@ -314,7 +314,7 @@ def test_nothing_is_wider_than_the_terminal(width):
     ]
     planned = {
         "source": "m",
-        "macro": Macro().to_dict(),
+        "macro": Macro().to_dict(), "macros": {},
         "input_shape": [3, 8, 8],
         "layers": [LAYER],
         "totals": {"tiles": 3, "macs": 1, "reads": 2, "cycles": 3, "reads_per_mac": 2.0},

@@ -15,6 +15,7 @@ from test_finetune import ADD, FEW_BITS, HELD, MULT, RECIPE, TRAIN, float_networ
 import rqtool
 from rqtool.errors import ConfigError
 from rqtool.hardware.macro import Macro
+from rqtool.mapping.assign import assigned
 from rqtool.model.data import Preprocess
 from rqtool.program.freeze import Norm
 from rqtool.train import stages as module
@@ -41,7 +42,7 @@ def stages(recipe, macro: Macro = FEW_BITS) -> Stages:
     job = Job(
         float_network(), TRAIN, HELD, HELD, "held-out", Preprocess(), Norm(MULT, ADD), True, 4
     )
-    return Stages(job, macro, recipe, Told())
+    return Stages(job, assigned(macro), recipe, Told())
 
 
 def ran(recipe, macro: Macro = FEW_BITS) -> tuple[Stages, torch.nn.Module, module.Run]:
@@ -140,7 +141,7 @@ def test_epochs_with_an_ideal_adc_come_first_for_both(trainings):
 def test_the_adc_is_calibrated_on_what_the_ideal_epochs_gave():
     """Weights and scales are those that were trained; only steps and zeros are new."""
     s = stages(replace(QUICK, epochs=0, ideal_epochs=1))
-    network, best = s.calibrated(FEW_BITS, "calibration of the ADC", s.ideal_stage)
+    network, best = s.calibrated(assigned(FEW_BITS), "calibration of the ADC", s.ideal_stage)
     trained, there = s.ideal_stage.state_dict(), network.state_dict()
     same = {name for name in trained if torch.equal(trained[name], there[name])}
     fitted = {
@@ -160,7 +161,7 @@ def test_the_better_of_both_starts_is_kept():
     """With no epochs after the ideal ones, the result is the calibrated network or the one after
     them, by held-out images."""
     s = stages(replace(QUICK, epochs=0, ideal_epochs=1))
-    network, best = s.calibrated(FEW_BITS, "calibration")
+    network, best = s.calibrated(assigned(FEW_BITS), "calibration")
     _, run = s.main(network, best)
     assert run.best.name.startswith(("post-training", "ideal-ADC epochs")) and not best.better_than(
         run.best

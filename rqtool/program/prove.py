@@ -111,9 +111,15 @@ def _largest_code(p: Program, op: Op) -> int:
     """The largest input code of a layer's own macro. The sum of the input codes is for the layer
     that reads the same tensor."""
     if op.kind == "reads":
-        return p.macros.of(op.attrs["layer"]).q_x
-    readers = [p.macros.of(o.attrs["layer"]).q_x for o in p.reads() if o.inputs == op.inputs]
+        return p.macros.of(_layer(op)).q_x
+    readers = [p.macros.of(_layer(o)).q_x for o in p.reads() if o.inputs == op.inputs]
     return max(readers, default=p.macro.q_x)
+
+
+def _layer(op: Op) -> str:
+    name = op.attrs["layer"]
+    need(type(name) is str, f"its layer is {name!r}, not a name")
+    return name
 
 
 def _positive(size: tuple[int, ...]) -> tuple[int, ...]:
@@ -123,7 +129,7 @@ def _positive(size: tuple[int, ...]) -> tuple[int, ...]:
 
 def _reads(p: Program, op: Op, x: Tensor) -> Made:
     g, size = _window(p, op, x)
-    layer = str(op.attrs["layer"])
+    layer = _layer(op)
     weight, macro = p.const(op, "weight"), p.macros.of(layer)
     need(
         weight.dtype == np.int8 and weight.shape == (g.columns, g.channels // g.groups, *g.kernel),
