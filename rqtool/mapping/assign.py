@@ -96,7 +96,7 @@ def overridden(macro: Macro, fields: Mapping[str, Any]) -> Macro:
     """A macro with some of its fields changed. What followed from others follows from the changed
     ones: all of the input's bits at once stay all of them, a step goes with its range.
 
-    >>> overridden(Macro(), {"in_bits": 6, "sign_scheme": "split"}).describe()[-43:]
+    >>> overridden(Macro(), {"in_bits": 6, "sign_scheme": "split"}).describe()[-42:]
     'rated), 6-bit inputs, 4-bit weights, split'
     """
     values = macro.to_dict()

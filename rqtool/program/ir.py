@@ -246,6 +246,8 @@ def _check_op(program: Program, op: Op, known: set[str]) -> None:
             f"{escaped(what)}; make the file again"
         )
 
+    if type(op.name) is not str:
+        refuse("its name is no text")
     if op.kind not in ATTRIBUTES:
         refuse(f"operation {op.kind} is unknown")
     if set(op.attrs) != ATTRIBUTES[op.kind]:

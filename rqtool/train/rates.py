@@ -92,6 +92,7 @@ def _train(
     network: Network, train: Feed, recipe: Recipe, teacher: Teacher | None, lr: float
 ) -> None:
     network.train()
+    torch.manual_seed(recipe.seed)  # of dropout
     optim, count = optimizer(network, recipe.weight_decay), steps_of_a_test(len(train), recipe)
     order = batch_order(len(train), recipe.seed, 0)
     for step in range(count):
