@@ -54,9 +54,8 @@ def reads(
     """(entry, partial sums, ADC codes) of every read; the arrays are int64 [N, columns, H_out,
     W_out]."""
     g, weight, steps = layer["geometry"], layer["weight"], layer["input"]["planes"]
-    taken = layer["rows"][
-        "taken"
-    ]  # the row at each place, where rows are not in order; then each place counts as a channel
+    # the row at each place, where rows are not in order; then each place counts as a channel
+    taken = layer["rows"]["taken"]
     kernel = g["kernel"][0] * g["kernel"][1] if taken is None else 1
     columns = layer["columns"] // g["groups"]
     cells = constants[weight["tensor"]].astype(np.int64) - weight["zero_point"]
@@ -74,17 +73,11 @@ def reads(
     for values in zip(*layer["reads"].values()):
         entry = dict(zip(names, values))
         first_row = weight["first_channel"][entry["tile"]] * kernel
-        held = cells[
-            entry["group"],
-            entry["tile"],
-            entry["plane"],
-            :,
-            entry["row_start"] - first_row : entry["row_stop"] - first_row,
-        ]
-        driven = rows[:, entry["group"], entry["row_start"] : entry["row_stop"]]
-        driven = (
-            driven // 2 ** steps["shift"][entry["serial"]] % 2 ** steps["bits"][entry["serial"]]
-        )
+        start, stop, serial = entry["row_start"], entry["row_stop"], entry["serial"]
+        tile = cells[entry["group"], entry["tile"], entry["plane"]]
+        held = tile[:, start - first_row : stop - first_row]
+        driven = rows[:, entry["group"], start:stop]
+        driven = driven // 2 ** steps["shift"][serial] % 2 ** steps["bits"][serial]
         p = np.tensordot(held, driven, (1, 1)).swapaxes(0, 1)
         yield entry, p, adc_codes(layer["adc"], entry, p)
 

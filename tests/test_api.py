@@ -274,9 +274,9 @@ def test_a_file_is_trained_on(made, tmp_path):
         made / "m.rq", DATA, out=tmp_path / "t.rq", recipe={"epochs": 2, "lr": 5e-4}
     )
     first = checkpoint.load(made / "m.rq")
-    assert result.recipe == Recipe(epochs=2, batch=20, lr=5e-4, teacher="none") and result.history == [
-        Recipe(epochs=1, batch=20)
-    ]
+    assert result.recipe == Recipe(
+        epochs=2, batch=20, lr=5e-4, teacher="none"
+    ) and result.history == [Recipe(epochs=1, batch=20)]
     assert result.before_top1 == first.results["metrics"]["tuned_top1"] and (
         result.images,
         result.measured_on,

@@ -23,7 +23,7 @@ import torch
 from conftest import REPOSITORY
 from torch import nn
 
-from rqtool import Data, Images, Preprocess, Recipe, api, checkpoint, make_macro
+from rqtool import Assignment, Data, Images, Preprocess, Recipe, api, checkpoint, make_macro
 from rqtool.cli import options
 from rqtool.cli.main import COMMANDS, explain, run
 from rqtool.errors import CheckError, ConfigError, CoverageError, InputError, RqError, StorageError
@@ -393,7 +393,7 @@ def test_verify_checks_every_file(rqtool):
 PLAN = """\
 model  demo
 input  1x28x28
-macro  9 wordlines, 8 I/O, 4-bit ADC (twos, layer, calibrated), 4-bit inputs, 4-bit weights, signed
+macro  9 wordlines, 8 I/O, 4-bit ADC (twos, column, calibrated), 4-bit inputs, 4-bit weights, signed, rows spread
 MACs   1924992
 
 layer  kind    kernel  rows  columns  tiles  planes    p range  acc bits  positions   reads  reads/MAC  cycles
@@ -500,6 +500,7 @@ def called(monkeypatch):
     return record
 
 
+LAYERS = ("layer", "keep")
 MACRO_VALUES = {
     "macro": ("nthu-2019", None), "wl": ("16", 16), "io": ("4", 4), "adc_bits": ("5", 5), "in_bits": ("3", 3), "w_bits": ("5", 5), "dac_bits": ("1", 1),
     "cell_bits": ("2", 2), "sign_scheme": ("split", "split"), "codebook": ("unsigned", "unsigned"), "granularity": ("tile", "tile"), "range": ("fixed", "fixed"),
@@ -529,7 +530,8 @@ def meant(values: dict[str, tuple[str, Any]]) -> dict[str, Any]:
 
 
 def test_there_is_an_option_for_every_field():
-    assert [f.name for f in options.MACRO] == ["macro", *FIELDS] == list(MACRO_VALUES)
+    assert [f.name for f in options.MACRO] == ["macro", *LAYERS, *FIELDS]
+    assert ["macro", *FIELDS] == list(MACRO_VALUES)
     assert {f.name for f in options.RECIPE} == set(Recipe().to_dict()) == set(RECIPE_VALUES)
     assert {f.name for f in options.AGAIN} == set(AGAIN_VALUES) and set(options.FIRST_TIME) == set(
         STAYS
@@ -550,7 +552,7 @@ def test_the_help_tells_the_defaults():
             f"{'a tenth' if default is None else f'{default:g}' if isinstance(default, float) else default}"
             in f.help
         )
-    for f in options.MACRO[1:]:
+    for f in options.MACRO[1 + len(LAYERS) :]:
         default = Macro.__dataclass_fields__[f.name].default
         assert default is None or f"(default {getattr(macro, f.name)})" in f.help
 
@@ -576,7 +578,7 @@ def test_quantize_reaches_every_parameter(rqtool, called):
     progress = seen.pop("progress")
     assert hasattr(progress, "stage")
     assert seen == {
-        "model": "m.pt", "data": "d.npz", "macro": macro, "arch": "a.b:c", "out": "o.rq", "recipe": Recipe(**meant(RECIPE_VALUES)),
+        "model": "m.pt", "data": "d.npz", "macro": Assignment(macro), "arch": "a.b:c", "out": "o.rq", "recipe": Recipe(**meant(RECIPE_VALUES)),
         "preprocess": meant(PIXEL_VALUES), "input_shape": (3, 32, 32), "weights": "w", "prefix": "p", "task": "classify", "twin": False, "twin_out": "t.rq", "state": "s", "force": True,
     }  # fmt: skip
 
@@ -591,7 +593,7 @@ def test_quantize_without_options_leaves_every_default(rqtool, called):
     )
     seen.pop("progress")
     assert seen == {
-        "model": "nets/my.net.pt", "data": "d.npz", "macro": make_macro(adc_bits="ideal"), "arch": None, "out": "my.net.rq", "recipe": Recipe(), "preprocess": {},
+        "model": "nets/my.net.pt", "data": "d.npz", "macro": Assignment(make_macro(adc_bits="ideal")), "arch": None, "out": "my.net.rq", "recipe": Recipe(), "preprocess": {},
         "input_shape": None, "weights": None, "prefix": None, "task": None, "twin": True, "twin_out": None, "state": None, "force": False,
     }  # fmt: skip
 
@@ -615,7 +617,7 @@ def test_quantize_without_options_leaves_every_default(rqtool, called):
             {"source": "m.rq", "out": None, "body": "qlinear", "verify": True, "data": None, "images": 8, "vectors": None, "force": False},
         ),
         ("plan m.pt --arch a.b:c --input 1,8,8 --wl 4 --weights w --prefix p", "plan",
-         {"model": "m.pt", "macro": Macro(wl=4), "arch": "a.b:c", "input_shape": (1, 8, 8), "weights": "w", "prefix": "p"}),
+         {"model": "m.pt", "macro": Assignment(make_macro(wl=4)), "arch": "a.b:c", "input_shape": (1, 8, 8), "weights": "w", "prefix": "p"}),
         ("plan m.rq", "plan", {"model": "m.rq", "macro": None, "arch": None, "input_shape": None, "weights": None, "prefix": None}),
         ("demo --folder f --epochs 1", "run_demo", {"folder": "f", "recipe": Recipe(epochs=1)}),
         ("demo", "run_demo", {"folder": "rqtool-demo", "recipe": Recipe(epochs=6)}),

@@ -255,7 +255,11 @@ def made(tmp_path_factory) -> Path:
     """bars.rq, which knows its three classes, and demo.rq, the embedded network calibrated only."""
     folder = tmp_path_factory.mktemp("made")
     done = rqtool.quantize(
-        net(), DATA, out=folder / "bars.rq", recipe=Recipe(epochs=8, batch=20, lr=0.02, teacher="none"), twin=False
+        net(),
+        DATA,
+        out=folder / "bars.rq",
+        recipe=Recipe(epochs=8, batch=20, lr=0.02, teacher="none"),
+        twin=False,
     )
     assert done.tuned_top1 == 100
     assert (

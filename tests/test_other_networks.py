@@ -239,7 +239,7 @@ def test_a_finished_row_is_not_run_again_and_a_refusal_is_kept(
         row["train_images"],
         row["test_images"],
         row["epochs"],
-    ) == (10_000, 2_000, 2)
+    ) == (5_000, 2_000, 2)
     assert "- mnist-mlp, new: its range is too wide" in tool("other_table").section(tmp_path)
 
 

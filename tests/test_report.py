@@ -258,7 +258,8 @@ def diagnosis(**figures) -> dict:
     metrics = {"top1": 80.2, "images": 1000}
     return {
         "source": "m.rq",
-        "macro": Macro().to_dict(), "macros": {},
+        "macro": Macro().to_dict(),
+        "macros": {},
         "metrics": metrics,
         "measured_on": "test",
         "adc": "real",
@@ -314,7 +315,8 @@ def test_nothing_is_wider_than_the_terminal(width):
     ]
     planned = {
         "source": "m",
-        "macro": Macro().to_dict(), "macros": {},
+        "macro": Macro().to_dict(),
+        "macros": {},
         "input_shape": [3, 8, 8],
         "layers": [LAYER],
         "totals": {"tiles": 3, "macs": 1, "reads": 2, "cycles": 3, "reads_per_mac": 2.0},
