@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from programs import CASES, Builder, images, layer_program, network, random_layer
 
 from rqtool.hardware.macro import Macro
+from rqtool.kernels import choose
 from rqtool.mapping.plan import Geometry
 from rqtool.program import golden, run
 from rqtool.program.ir import ATTRIBUTES, Program
@@ -75,7 +76,12 @@ def test_extreme_codes_equal_golden(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_fused_kernel_runs_wherever_it_is_certified(name):
-    assert all(Runner(layer_program(CASES[name])).fast.values())
+    """But for ideal ADCs, which are convolutions, and sums that float32 does not hold."""
+    program = layer_program(CASES[name])
+    plan = program.plan(program.ops[0])
+    fits = max(plan.acc_bound, plan.macro.p_max) < choose.FLOAT32_WHOLE
+    fused = fits and not program.macro.ideal
+    assert list(Runner(program).fast.values()) == [fused]
 
 
 def test_an_uncertified_layer_takes_the_exact_path(monkeypatch):

@@ -69,7 +69,7 @@ CERTIFICATES: dict[type[Converter], Callable[[Plan, ReadSpec], bool]] = {
 class Reads:
     """One reads operation, prepared: planes of the weight, spec of the ADC, certificate.
 
-    carrier: what runs it, in words; fused: whether that is the fused kernel.
+    fused: whether the fused kernel runs it; else torch does, in float32 or float64.
     """
 
     def __init__(self, program: Program, op: Op) -> None:
@@ -81,6 +81,7 @@ class Reads:
             choose.Exact(w, spec, self.plan, self.certified)
             for w in weight_planes(program, op, self.plan)
         ]
+        self.fused = all(one.prepared is not None for one in self.exact)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """acc int32 [N, O, H_out, W_out] from uint8 codes [N, C, H, W]."""
@@ -99,6 +100,7 @@ class IdealReads:
 
     def __init__(self, program: Program, op: Op) -> None:
         self.plan, self.pad, self.certified = program.plan(op), op.attrs["pad"], True
+        self.fused = False
         self.planes = weight_planes(program, op, self.plan)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -215,7 +217,7 @@ class Runner:
         self.program = program
         self.rules = [self._rule(op) for op in program.ops]
         self.fast = {
-            op.attrs["layer"]: rule.certified and choose.numba_available()
+            op.attrs["layer"]: rule.fused
             for op, rule in zip(program.ops, self.rules)
             if op.kind == "reads"
         }
