@@ -118,9 +118,8 @@ def accumulators(layer: dict, constants: dict[str, np.ndarray], codes: np.ndarra
     parts: dict[int, np.ndarray] = {}
     for entry, _, code in reads(layer, constants, codes):
         group = entry["group"]
-        parts[group] = parts.get(group, 0) + entry["factor"] * read_values(
-            layer["adc"], entry, code
-        )
+        value = read_values(layer["adc"], entry, code)
+        parts[group] = parts.get(group, 0) + entry["factor"] * value
     return np.concatenate([parts[group] for group in sorted(parts)], axis=1)
 
 

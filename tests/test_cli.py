@@ -530,7 +530,7 @@ def meant(values: dict[str, tuple[str, Any]]) -> dict[str, Any]:
 
 
 def test_there_is_an_option_for_every_field():
-    assert [f.name for f in options.MACRO] == ["macro", *LAYERS, *FIELDS]
+    assert [f.name for f in options.MACRO] == ["macro", *FIELDS, *LAYERS]
     assert ["macro", *FIELDS] == list(MACRO_VALUES)
     assert {f.name for f in options.RECIPE} == set(Recipe().to_dict()) == set(RECIPE_VALUES)
     assert {f.name for f in options.AGAIN} == set(AGAIN_VALUES) and set(options.FIRST_TIME) == set(
@@ -552,7 +552,7 @@ def test_the_help_tells_the_defaults():
             f"{'a tenth' if default is None else f'{default:g}' if isinstance(default, float) else default}"
             in f.help
         )
-    for f in options.MACRO[1 + len(LAYERS) :]:
+    for f in options.MACRO[1 : -len(LAYERS)]:
         default = Macro.__dataclass_fields__[f.name].default
         assert default is None or f"(default {getattr(macro, f.name)})" in f.help
 
