@@ -31,9 +31,9 @@ def test_the_network_is_left_as_it_came():
     ("losses", "found", "tests"),
     [
         ({1e-2: 3.0, 3e-3: 1.0, 1e-3: 2.0}, 3e-3, 3),
-        ({1e-2: 0.5, 3e-3: 1.0, 1e-3: 2.0}, 1e-2, 2),
-        ({1e-2: 9.0, 3e-3: 5.0, 1e-3: 2.0, 3e-4: 1.0, 1e-4: 3.0}, 3e-4, 5),
-        ({1e-2: float("inf"), 3e-3: float("inf"), 1e-3: 2.0, 3e-4: 2.0}, 1e-3, 4),
+        ({3e-3: 0.95, 1e-3: 1.0, 3e-4: 2.0}, 1e-3, 3),
+        ({3e-3: 5.0, 1e-3: 2.0, 3e-4: 1.0, 1e-4: 3.0}, 3e-4, 4),
+        ({3e-3: float("inf"), 1e-3: float("inf"), 3e-4: 2.0, 1e-4: 2.0}, 3e-4, 4),
     ],
 )
 def test_neighbours_are_tried_as_long_as_they_are_better(monkeypatch, losses, found, tests):
