@@ -25,6 +25,12 @@ the job with an ideal ADC. Losses are in points: "to the ADC" is twin minus fine
 is float minus fine-tuned. ± is the standard error of the mean over the runs, one for each seed; a
 figure without it comes from one run. In brackets: the paired standard error over the test images,
 where it was measured.
+
+How far these figures go: a few runs tell little, and the 95 % interval of three seeds is 4.3 times
+±. The float weights are those of one training; a seed changes the job and the training images it
+draws. Some defaults (how weights are rounded, how columns are fitted, the rule of `--lr auto`) were
+chosen while test figures of these networks, of ResNet-20 and of the demonstration were in view, so
+the figures of the later version are optimistic for networks that nobody looked at.
 """
 IDEAL = "ideal"
 PAIRED = "adc_loss_se"
